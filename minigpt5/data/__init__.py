@@ -1,0 +1,1 @@
+"""From published data layouts to batches: reader → ``Sample`` → encode → collate → ``Batch``."""

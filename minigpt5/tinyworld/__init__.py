@@ -1,0 +1,1 @@
+"""The embedded tiny world: scenes, stories and dialogues made offline, and tiny weights to run on them."""
