@@ -120,7 +120,8 @@ class LlamaTokenizer:
 
     def _decode_plain(self, ids: Sequence[int]) -> str:
         """Decode base-vocabulary ids; a control token after text is set off by one space."""
-        text, pending, after_control = "", [], False
+        text, after_control = "", False
+        pending: list[int] = []
         for position, index in enumerate(ids):
             if index in self._control.values():
                 if position > 0 and not after_control:

@@ -64,7 +64,7 @@ class AdapterConfig:
 
     kind: Literal["lora", "none"] = "lora"
     rank: int = Field(default=8, ge=1)
-    alpha: float = 16
+    alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
@@ -205,6 +205,8 @@ class PathsConfig:
 
     weights: Path = Path("weights")
     """WEIGHTFOLDER: checkpoints are read from and written to here."""
+    checkpoints: Path | None = None
+    """Where training writes its checkpoints and logs (``--output_dir``); None: ``weights``."""
     outputs: Path = Path("outputs")
     """OUTPUT_FOLDER."""
     output_suffix: str = ""

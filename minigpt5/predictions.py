@@ -107,6 +107,8 @@ class PredictionStore:
         path = self.folder / RUN_FILE
         if path.is_file() and any(self.folder.glob("predictions*.jsonl")):
             known = json.loads(path.read_text(encoding="utf-8"))
+            if known == run:
+                return
             changed = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
             if changed:
                 raise InputError(
@@ -126,7 +128,9 @@ def read_predictions(folder: Path) -> list[Prediction]:
         raise InputError(f"{folder}: no predictions there; run train_eval.py with --test_data_path first")
     found: dict[str, Prediction] = {}
     for path in sorted(folder.glob("predictions*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        # Not splitlines(): a reply may hold U+2028 and the like. A last line without its break is being written.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
             try:
                 prediction = _parse(json.loads(line))
             except (json.JSONDecodeError, TypeError) as error:
@@ -143,7 +147,8 @@ def file_stem(sample_id: str) -> str:
 
 def _parse(values: dict[str, Any]) -> Prediction:
     lists = {"images", "target_images", "input_images"}
-    return Prediction(**{key: tuple(value) if key in lists else value for key, value in values.items()})
+    fields: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in values.items()}
+    return Prediction(**fields)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -154,3 +159,14 @@ def _drop_torn_line(path: Path) -> None:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         path.write_bytes(whole)
+
+
+def run_folder(outputs: Path, test_weight: Path, suffix: str) -> Path:
+    """Return the store of one checkpoint: its name up to the first dot and the suffix, below ``outputs``.
+
+    As published, folders of a relative name are kept (``vist/best.ckpt`` → ``outputs/vist/best``); an absolute
+    path counts by its file name.
+    """
+    name = test_weight.name.split(".")[0] + suffix
+    keeps_folders = not test_weight.is_absolute() and ".." not in test_weight.parts
+    return outputs / test_weight.parent / name if keeps_folders else outputs / name

@@ -1,0 +1,99 @@
+"""LLaMA-family language model: built from its configuration or loaded from a Hugging Face folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from minigpt4.config import LanguageModelConfig
+from minigpt4.errors import InputError
+from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
+from minigpt4.weights import KeyReport, matches, raise_for_keys, resolve_source
+
+FLAG = "model.backbone.language_model"
+
+# Old files store the rotary frequencies, which transformers computes.
+_IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+
+def build_language_model(config: LanguageModelConfig) -> LlamaForCausalLM:
+    """Build the language model with random weights (under ``torch.device("meta")``: with none).
+
+    Raises:
+        InputError: no architecture is given.
+    """
+    if config.architecture is None:
+        raise InputError(f"{FLAG}: give weights (a folder or hub id) or an architecture")
+    return LlamaForCausalLM(LlamaConfig(**config.architecture))
+
+
+def load_language_model(
+    config: LanguageModelConfig, dtype: torch.dtype
+) -> tuple[LlamaForCausalLM, LlamaTokenizer, KeyReport]:
+    """Load a LLaMA folder (safetensors or sharded bin) with its SentencePiece tokenizer.
+
+    Raises:
+        InputError: the folder lacks a file, is no LLaMA, differs from the configured architecture, lacks
+            weights, or has fewer embedding rows than the tokenizer has tokens.
+    """
+    assert config.weights is not None
+    folder = resolve_source(config.weights, f"{FLAG}.weights")
+    architecture = _read_architecture(folder, config)
+    tokenizer = load_tokenizer(folder)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its own key warnings; the report below replaces them
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = LlamaForCausalLM.from_pretrained(
+            folder, config=architecture, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{FLAG}.weights: {folder}: cannot be loaded: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, info = loaded
+    if info["mismatched_keys"]:
+        raise InputError(f"{FLAG}.weights: {folder}: sizes differ from config.json: {info['mismatched_keys']}")
+    unexpected = sorted(key for key in info["unexpected_keys"] if not matches(key, _IGNORED))
+    raise_for_keys(str(folder), "LLaMA", sorted(info["missing_keys"]), unexpected)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise InputError(f"{folder}: {len(tokenizer)} tokens in {MODEL_FILE} but {rows} embedding rows")
+    report = KeyReport(str(folder), "LLaMA (Hugging Face)", loaded=sorted(model.state_dict()))
+    if rows > len(tokenizer):
+        report.notes.append(f"embedding rows from {len(tokenizer)} on have no token and are not used")
+    return model, tokenizer, report
+
+
+def load_tokenizer(folder: Path) -> LlamaTokenizer:
+    """Load a LLaMA folder's SentencePiece tokenizer with its maximum length."""
+    return LlamaTokenizer(folder / MODEL_FILE, _max_length(folder))
+
+
+def _max_length(folder: Path) -> int | None:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    length = json.loads(path.read_text(encoding="utf-8")).get("model_max_length")
+    # transformers writes a huge number where there is no limit
+    return int(length) if length is not None and length < 10**9 else None
+
+
+def _read_architecture(folder: Path, config: LanguageModelConfig) -> LlamaConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{FLAG}.weights: {folder}: has no config.json; give a Hugging Face LLaMA folder")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type is {values.get('model_type')!r}, expected 'llama'")
+    architecture = LlamaConfig.from_pretrained(folder)
+    for key, value in (config.architecture or {}).items():
+        # Vicuna's fixed-up folders have a padding row more; only the tokenizer's rows are used.
+        if key != "vocab_size" and getattr(architecture, key, value) != value:
+            raise InputError(
+                f"{FLAG}.architecture.{key} is {value!r} but {path} has {getattr(architecture, key)!r}"
+            )
+    return architecture

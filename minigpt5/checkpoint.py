@@ -1,0 +1,396 @@
+"""Checkpoints of the trainable parts: our own layout, the published one of both stages, and between them.
+
+A published stage-1 file holds the whole embedding and output matrices (weight decay drifted their frozen rows,
+so they are restored whole), the mapper and its queries. A stage-2 file holds the matrices under peft's
+``modules_to_save`` names, LoRA and the mapper's transformer, and is loaded on top of stage 1.
+
+Ours holds the trainable parameters under the model's own names, either in the ``state_dict`` of a Lightning
+checkpoint or as a folder of ``trainable.safetensors`` and ``checkpoint.json``.
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minigpt4.errors import InputError
+from minigpt4.weights import KeyReport, State, folder_tensors, raise_for_keys, read_state, read_torch_file
+from minigpt5.cli import run_command
+from minigpt5.config import PROJECT_ROOT, PathsConfig, Stage
+from minigpt5.model import MiniGPT5
+
+TENSOR_FILE = "trainable.safetensors"
+META_FILE = "checkpoint.json"
+FORMAT_KEY = "minigpt5"
+"""Top-level entry that marks a Lightning checkpoint as ours and names its stage."""
+
+BASE = {"rows.embedding": "base.embedding", "rows.head": "base.head"}
+"""New rows → the frozen rows above them, where a file holds whole matrices."""
+
+_LLAMA = {Stage.ALIGNMENT: "model.llama_model.", Stage.MULTIMODAL: "model.llama_model.base_model.model."}
+_SAVED = {Stage.ALIGNMENT: "", Stage.MULTIMODAL: "modules_to_save.default."}
+_MAPPER = {"mapper.transformer.": "llm_to_t2i_mapping.", "mapper.mlp.": "fc."}
+_QUERIES = {"mapper.queries": "t2i_decoder_prompt"}
+_LORA = "backbone.language_model."
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors under the model's own names, whatever layout it was read from."""
+
+    path: str
+    stage: Stage
+    layout: str
+    """``published`` or ``ours``."""
+    tensors: State
+    """Trainable parameters, and ``base.*`` where the file holds the frozen rows too."""
+    meta: Mapping[str, Any]
+    """The file's plain top-level values (epoch, hyper-parameters …)."""
+
+
+# ---- finding and reading ----------------------------------------------------------------------------------
+
+
+def find_checkpoint(name: Path, paths: PathsConfig, flag: str) -> Path:
+    """Return where a checkpoint is: weights folder, as given, below the project's root, bundled with the preset.
+
+    Raises:
+        InputError: none of these; the message lists the places.
+    """
+    candidates = [paths.weights / name, name, PROJECT_ROOT / paths.weights / name, PROJECT_ROOT / name]
+    bundled = None if paths.bundled_checkpoints is None else paths.bundled_checkpoints / name.name
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if bundled is not None and bundled.exists():
+        _log.warning("%s %s is not in %s; using the one bundled with the preset", flag, name, paths.weights)
+        return bundled
+    places = ", ".join(
+        dict.fromkeys(str(candidate.parent) for candidate in [*candidates, *filter(None, [bundled])])
+    )
+    raise InputError(f"{flag} {name}: no such checkpoint (looked in {places}); train it or download it there")
+
+
+def read_checkpoint(path: Path, new_tokens: int, flag: str = "checkpoint") -> Checkpoint:
+    """Read a checkpoint of either layout and stage.
+
+    Args:
+        path: Lightning file, or a folder in our layout.
+        new_tokens: rows that the vokens and the picture placeholder add, to cut whole matrices.
+        flag: named in messages.
+
+    Raises:
+        InputError: missing, unreadable, or no MiniGPT-5 checkpoint.
+    """
+    if path.is_dir():
+        return _read_folder(path, flag)
+    state = read_state(path, flag)
+    content = read_torch_file(path, flag)
+    meta = {key: value for key, value in content.items() if key != "state_dict"}
+    if FORMAT_KEY in content:
+        return Checkpoint(str(path), Stage(content[FORMAT_KEY]["stage"]), "ours", state, meta)
+    stage = _published_stage(state, path, flag)
+    return Checkpoint(str(path), stage, "published", _from_published(state, stage, new_tokens, path), meta)
+
+
+def _read_folder(folder: Path, flag: str) -> Checkpoint:
+    if not (folder / META_FILE).is_file():
+        raise InputError(f"{flag}: {folder}: has no {META_FILE}; give a checkpoint file or a converted folder")
+    meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    tensors = read_state(folder / TENSOR_FILE, flag)
+    return Checkpoint(str(folder), Stage(meta["stage"]), "ours", tensors, meta.get("meta", {}))
+
+
+def _published_stage(state: State, path: Path, flag: str) -> Stage:
+    if any("modules_to_save" in key or "lora_" in key for key in state):
+        return Stage.MULTIMODAL
+    if "t2i_decoder_prompt" in state:
+        return Stage.ALIGNMENT
+    keys = ", ".join(list(state)[:4])
+    raise InputError(f"{flag}: {path}: is no MiniGPT-5 checkpoint (its keys begin {keys})")
+
+
+# ---- published names ---------------------------------------------------------------------------------------
+
+
+def _matrix_names(stage: Stage) -> dict[str, str]:
+    llama, saved = _LLAMA[stage], _SAVED[stage]
+    return {
+        "rows.embedding": f"{llama}model.embed_tokens.{saved}weight",
+        "rows.head": f"{llama}lm_head.{saved}weight",
+    }
+
+
+def _from_published(state: State, stage: Stage, new_tokens: int, path: Path) -> State:
+    found: State = {}
+    matrices = {name: ours for ours, name in _matrix_names(stage).items()}
+    unexpected = []
+    for key, tensor in state.items():
+        if key in matrices:
+            rows = matrices[key]
+            found[BASE[rows]] = tensor[:-new_tokens]
+            found[rows] = tensor[-new_tokens:]
+        elif (ours := _own_name(key, stage)) is not None:
+            found[ours] = tensor
+        else:
+            unexpected.append(key)
+    missing = [name for name, ours in matrices.items() if ours not in found]
+    raise_for_keys(str(path), f"a published {stage} checkpoint", missing, unexpected)
+    return found
+
+
+def _own_name(key: str, stage: Stage) -> str | None:
+    for ours, published in _QUERIES.items():
+        if key == published:
+            return ours
+    for ours, published in _MAPPER.items():
+        if key.startswith(published):
+            return ours + key.removeprefix(published)
+    llama = _LLAMA[stage]
+    if stage is Stage.MULTIMODAL and key.startswith(llama) and "lora_" in key:
+        return _LORA + key.removeprefix(llama)
+    return None
+
+
+def to_published(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the content of a published Lightning file.
+
+    Args:
+        checkpoint: what to write.
+        base: ``base.embedding`` and ``base.head``, for a checkpoint that does not hold the frozen rows.
+
+    Raises:
+        InputError: the frozen rows are in neither.
+    """
+    base = {**base, **{key: value for key, value in checkpoint.tensors.items() if key in BASE.values()}}
+    missing = sorted(set(BASE.values()) - base.keys())
+    if missing:
+        raise InputError(
+            f"{checkpoint.path}: does not hold the language model's own rows, which a published file does; "
+            "give --language_model FOLDER or --stage1 FILE"
+        )
+    matrices = _matrix_names(checkpoint.stage)
+    state: State = {}
+    for key, tensor in checkpoint.tensors.items():
+        if key in matrices:
+            state[matrices[key]] = torch.cat([base[BASE[key]].to(tensor.dtype), tensor])
+        elif key not in BASE.values():
+            state[find_published_name(key, checkpoint.stage)] = tensor
+    plain = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": "2.0.0",
+        "loops": {},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {},
+    }
+    return {**plain, **{key: checkpoint.meta[key] for key in plain if key in checkpoint.meta}, "state_dict": state}
+
+
+def find_published_name(key: str, stage: Stage) -> str:
+    """Return the published name of one of our parameters (not of the new rows, which share a matrix)."""
+    for ours, published in {**_MAPPER, _LORA: _LLAMA[stage]}.items():
+        if key.startswith(ours):
+            return published + key.removeprefix(ours)
+    return _QUERIES[key]
+
+
+# ---- model -------------------------------------------------------------------------------------------------
+
+
+def trainable_state(model: MiniGPT5) -> State:
+    """Return the trainable parameters under the model's own names, detached."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def checkpoint_mark(stage: Stage) -> dict[str, Any]:
+    """Return the entry that marks a Lightning checkpoint as ours (under :data:`FORMAT_KEY`)."""
+    return {"format": 1, "stage": stage.value}
+
+
+def wanted_keys(model: MiniGPT5, stage: Stage) -> set[str]:
+    """Return the parameters that a checkpoint of ``stage`` has to hold for this model."""
+    keys = {
+        name for name, _ in model.named_parameters() if name.startswith(("rows.", "mapper.")) or "lora_" in name
+    }
+    if stage is Stage.ALIGNMENT:
+        return {key for key in keys if "lora_" not in key}
+    return {key for key in keys if not key.startswith("mapper.") or key.startswith("mapper.transformer.")}
+
+
+def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> KeyReport:
+    """Load a checkpoint into the model: stage 1, or stage 2 on top of it.
+
+    Args:
+        model: what it is loaded into; for stage 2 it must have been built for that stage.
+        path: file or folder of either layout.
+        expected: the stage that ``flag`` stands for.
+        flag: named in messages.
+
+    Raises:
+        InputError: wrong stage, stage 2 before stage 1, keys or shapes that do not fit, LoRA that would not be
+            applied.
+    """
+    checkpoint = read_checkpoint(path, model.config.vokens.count + 1, flag)
+    if checkpoint.stage is not expected:
+        number = {Stage.ALIGNMENT: "stage-1", Stage.MULTIMODAL: "stage-2"}
+        raise InputError(
+            f"{flag} {path}: is a {number[checkpoint.stage]} checkpoint, a {number[expected]} one is needed here"
+        )
+    if expected is Stage.MULTIMODAL and not model.has_stage1:
+        raise InputError(f"{flag} {path}: stage-2 weights go on top of stage-1 weights; give --stage1_weight")
+    report = KeyReport(str(path), f"{checkpoint.layout} {expected} checkpoint")
+    wanted = wanted_keys(model, expected)
+    found = {key: value for key, value in checkpoint.tensors.items() if key not in BASE.values()}
+    raise_for_keys(str(path), report.kind, sorted(wanted - found.keys()), sorted(found.keys() - wanted))
+    parameters = dict(model.named_parameters())
+    wrong = [
+        f"{key}: file {tuple(value.shape)}, model {tuple(parameters[key].shape)}"
+        for key, value in found.items()
+        if value.shape != parameters[key].shape
+    ]
+    if wrong:
+        raise InputError(f"{flag} {path}: sizes differ from the configuration's:\n  " + "\n  ".join(wrong[:8]))
+    with torch.no_grad():
+        for key, value in found.items():
+            parameters[key].copy_(value)
+    report.loaded = sorted(found)
+    _restore_base(model, checkpoint, report)
+    model.has_stage1 = True
+    return report
+
+
+@torch.no_grad()
+def _restore_base(model: MiniGPT5, checkpoint: Checkpoint, report: KeyReport) -> None:
+    """Put a checkpoint's own frozen rows in place: the published training drifted them."""
+    targets = {"base.embedding": model.backbone.embedding_VH, "base.head": model.backbone.head_VH}
+    size = model.rows.base_size
+    for key, target in targets.items():
+        value = checkpoint.tensors.get(key)
+        if value is None:
+            continue
+        if value.shape != target[:size].shape:
+            raise InputError(
+                f"{checkpoint.path}: {len(value)} rows beside the new tokens' in {key}, "
+                f"the language model has {size}; is it another language model or number of vokens?"
+            )
+        change = float((value.to(target.dtype) - target[:size]).abs().max())
+        target[:size] = value.to(target.dtype)
+        report.loaded.append(key)
+        report.notes.append(f"{key} restored whole (changed by at most {change:.1e})")
+
+
+# ---- converting --------------------------------------------------------------------------------------------
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path, base: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint in our layout; frozen rows are left out where ``base`` holds the same bits."""
+    tensors = {
+        key: value.contiguous().clone()
+        for key, value in checkpoint.tensors.items()
+        if key not in base or not torch.equal(base[key].to(value.dtype), value)
+    }
+    keep = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters")
+    meta = {key: checkpoint.meta[key] for key in keep if key in checkpoint.meta}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSOR_FILE)
+    text = json.dumps({"format": 1, "stage": checkpoint.stage.value, "meta": meta}, indent=2, default=str)
+    (folder / META_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    new_tokens: int,
+    language_model: Path | None = None,
+    stage1: Path | None = None,
+) -> Checkpoint:
+    """Convert a checkpoint between the layouts; a round trip is exact.
+
+    Args:
+        source: file or folder of either layout.
+        target: file (``to="published"``) or folder (``to="ours"``) to write.
+        to: ``published`` or ``ours``.
+        new_tokens: vokens and the picture placeholder.
+        language_model: LLaMA folder, for the frozen rows.
+        stage1: stage-1 checkpoint that holds the frozen rows.
+
+    Raises:
+        InputError: unreadable source, or frozen rows that are needed and nowhere to be found.
+    """
+    checkpoint = read_checkpoint(source, new_tokens)
+    base = _base_rows(language_model, stage1, new_tokens, checkpoint)
+    if to == "ours":
+        write_folder(checkpoint, target, base)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(to_published(checkpoint, base), target)
+    return checkpoint
+
+
+def _base_rows(folder: Path | None, stage1: Path | None, new_tokens: int, checkpoint: Checkpoint) -> State:
+    if stage1 is not None:
+        tensors = read_checkpoint(stage1, new_tokens, "--stage1").tensors
+        return {key: value for key, value in tensors.items() if key in BASE.values()}
+    if folder is None:
+        return {}
+    names = {"model.embed_tokens.weight": "base.embedding", "lm_head.weight": "base.head"}
+    flag = "--language_model"
+    rows = {names[key]: value for key, value in folder_tensors(folder, flag) if key in names}
+    sizes = {key: len(value) for key, value in checkpoint.tensors.items() if key in rows}
+    return {key: value[: sizes.get(key, len(value))] for key, value in rows.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: ``convert`` and ``show``."""
+    parser = argparse.ArgumentParser(prog="python -m minigpt5.checkpoint", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what a checkpoint holds")
+    show.add_argument("source", type=Path)
+    conversion = commands.add_parser("convert", help="between the published layout and ours")
+    conversion.add_argument("source", type=Path)
+    conversion.add_argument("target", type=Path)
+    conversion.add_argument("--to", choices=("ours", "published"), required=True)
+    conversion.add_argument("--language_model", type=Path, help="LLaMA folder that holds the frozen rows")
+    conversion.add_argument("--stage1", type=Path, help="stage-1 checkpoint that holds the frozen rows")
+    for command in (show, conversion):
+        command.add_argument("--vokens", type=int, default=8, help="vokens a picture (default 8)")
+    arguments = parser.parse_args(argv)
+    new_tokens = arguments.vokens + 1
+    if arguments.command == "show":
+        checkpoint = read_checkpoint(arguments.source, new_tokens)
+    else:
+        checkpoint = convert(
+            arguments.source,
+            arguments.target,
+            to=arguments.to,
+            new_tokens=new_tokens,
+            language_model=arguments.language_model,
+            stage1=arguments.stage1,
+        )
+    print(f"{checkpoint.path}: {checkpoint.layout} layout, {checkpoint.stage} stage")
+    groups: dict[str, list[Tensor]] = {}
+    for key, value in checkpoint.tensors.items():
+        groups.setdefault(re.sub(r"\.\d+\..*", "", key), []).append(value)
+    for name, values in groups.items():
+        print(f"  {name}: {len(values)} tensors, {sum(value.numel() for value in values):,} values")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

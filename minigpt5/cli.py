@@ -1,0 +1,33 @@
+"""What every command line of the project does around its ``main``: errors, exit codes, ``--debug``."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from minigpt4.errors import InputError
+
+INPUT_ERROR = 2
+"""Exit code for input that cannot be used; argparse exits with the same for an unknown flag."""
+INTERRUPTED = 130
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    An :class:`InputError` is printed as one ``error:`` line without a traceback, unless ``--debug`` is among the
+    arguments. Any other exception is a defect of the program and keeps its traceback.
+
+    Args:
+        main: takes the arguments and returns an exit code; None counts as 0.
+        argv: arguments without the program's name; None takes ``sys.argv[1:]``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return main(arguments) or 0
+    except InputError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

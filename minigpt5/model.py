@@ -1,0 +1,448 @@
+"""MiniGPT-5: a frozen MiniGPT-4 and a frozen Stable Diffusion, joined by vokens and a mapper.
+
+Shapes: B samples, T positions, H language width, N vokens a picture, R wanted pictures of the batch,
+P input pictures, L queries a picture, Q conditioning positions, E diffusion width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from torch import Tensor, nn
+
+from minigpt4.backbone import MiniGPT4, load_backbone
+from minigpt4.errors import InputError
+from minigpt4.tokenizer import LlamaTokenizer
+from minigpt4.weights import KeyReport
+from minigpt5 import images, prompts
+from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, TrainingConfig
+from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
+from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
+from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
+from minigpt5.mapper import FeatureMapper
+from minigpt5.vokens import IGNORE_INDEX, VokenIds, VokenRows, gather_vokens, voken_starts
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every random draw of one training batch, one entry a wanted picture."""
+
+    drop_R: Tensor
+    """Whether the picture's conditioning is replaced by zeros (classifier-free guidance)."""
+    diffusion: DiffusionDraws
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss terms of one batch, each a scalar mean. ``caption`` is None where no caption loss is taken."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+    caption: Tensor | None
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Return the terms under their published log names."""
+        terms = {"loss": self.total, "text_loss": self.text, "image_loss": self.image}
+        return terms if self.caption is None else {**terms, "caption_loss": self.caption}
+
+
+@dataclass(frozen=True)
+class LanguageStates:
+    """What the language model makes of a batch."""
+
+    embeds_BTH: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+    hidden_BTH: Tensor
+    """Last hidden states, behind the final norm."""
+
+
+class MiniGPT5(nn.Module):
+    """The whole model. Only vokens' rows, mapper and adapter are trainable; see :meth:`trainable_groups`.
+
+    Args:
+        backbone: MiniGPT-4, frozen.
+        diffusion: Stable Diffusion, frozen.
+        tokenizer: LLaMA tokenizer without vokens; they are added here. None builds parameters only.
+        config: sizes.
+        loss: loss weights.
+        stage: decides what is trainable and whether the language model is adapted.
+    """
+
+    def __init__(
+        self,
+        backbone: MiniGPT4,
+        diffusion: StableDiffusion,
+        tokenizer: LlamaTokenizer | None,
+        config: ModelConfig,
+        loss: LossConfig,
+        stage: Stage,
+    ) -> None:
+        super().__init__()
+        self.config, self.loss_config, self.stage = config, loss, stage
+        self.backbone, self.diffusion = backbone, diffusion
+        embedding_VH, head_VH = backbone.embedding_VH, backbone.head_VH
+        base_size = len(embedding_VH) if tokenizer is None else len(tokenizer)
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+            self.voken_ids = VokenIds.install(tokenizer, config.vokens.count)
+            self.stops = stop_sequences(tokenizer, prompts.STOP)
+        self.rows = VokenRows(embedding_VH, head_VH, base_size, config.vokens.count + 1)
+        self.mapper = FeatureMapper(config.mapper, embedding_VH.shape[1], diffusion.width)
+        self.reports: list[KeyReport] = []
+        self.has_stage1 = False
+        """Set once stage-1 weights are loaded; stage-2 weights only go on top of them."""
+        if stage is Stage.MULTIMODAL:
+            self._adapt_language_model()
+            # Stage 2 trains the mapper's transformer only (published configuration).
+            self.mapper.mlp.requires_grad_(False)
+            self.mapper.queries.requires_grad_(False)
+
+    def _adapt_language_model(self) -> None:
+        adapter = self.config.adapter
+        if adapter.kind == "none":
+            return
+        lora = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.target_modules),
+            bias="none",
+        )
+        inject_adapter_in_model(lora, self.backbone.language_model)
+        for name, parameter in self.backbone.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def train(self, mode: bool = True) -> "MiniGPT5":
+        """Switch the trainable parts; frozen parts stay in eval mode, their adapters follow ``mode``."""
+        super().train(mode)
+        for name, module in self.backbone.language_model.named_modules():
+            if name.endswith("lora_dropout"):
+                module.train(mode)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.rows.embedding.device
+
+    def trainable_groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
+        """Return AdamW parameter groups: the language side, and the mapper at its own rate in stage 1."""
+        mapper = [parameter for parameter in self.mapper.parameters() if parameter.requires_grad]
+        in_mapper = {id(parameter) for parameter in mapper}
+        language = [p for p in self.parameters() if p.requires_grad and id(p) not in in_mapper]
+        factor = training.mapper_learning_rate_factor if self.stage is Stage.ALIGNMENT else 1.0
+        return [
+            {"name": "language", "params": language, "lr": training.learning_rate},
+            {"name": "mapper", "params": mapper, "lr": training.learning_rate * factor},
+        ]
+
+    # ---- training -----------------------------------------------------------------------------------------
+
+    def draw(self, batch: Batch, *, seed: int, epoch: int, training: bool) -> Draws:
+        """Draw all randomness of a batch, each picture's from (seed, epoch, sample id, picture index) alone.
+
+        Args:
+            batch: decides how many pictures there are and whose.
+            seed: the run's seed.
+            epoch: draws differ between epochs.
+            training: drop conditionings; otherwise none is dropped.
+        """
+        parts, drops = [], []
+        for sample, count in zip(batch.samples, batch.output_counts, strict=True):
+            for index in range(count):
+                seeded = sample_seed(seed, epoch, sample.id, index)
+                generator = torch.Generator().manual_seed(seeded)
+                drops.append(torch.rand(1, generator=generator) < self.loss_config.condition_dropout)
+                parts.append(self.diffusion.draw(generator, self.config.diffusion.image_size))
+        if not parts:
+            empty = torch.zeros(0)
+            return Draws(empty.bool(), DiffusionDraws(empty, empty, empty.long()))
+        drop_R = torch.cat(drops) if training else torch.zeros(len(parts), dtype=torch.bool)
+        return Draws(
+            drop_R,
+            DiffusionDraws(
+                torch.cat([part.posterior_RCHW for part in parts]),
+                torch.cat([part.noise_RCHW for part in parts]),
+                torch.cat([part.timesteps_R for part in parts]),
+            ),
+        )
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the training losses of a batch (paper equations 4 to 7).
+
+        total = text_weight · text + image_weight · image + caption_weight · caption. The caption term is taken
+        only where every sample has a caption and the batch wants a picture, as published.
+        """
+        states = self.language_states(batch)
+        text = self.text_loss(states)
+        starts_R2 = voken_starts(states.labels_BT, self.voken_ids)
+        captions = self._captions_of(batch, starts_R2)
+        if len(starts_R2) == 0:
+            zero = text.new_zeros(())
+            return Losses(self.loss_config.text_weight * text, text, zero, None if captions is None else zero)
+        vokens_RNH = gather_vokens(states.hidden_BTH, starts_R2, self.voken_ids.count)
+        condition_RQE = self.condition(vokens_RNH, draws.drop_R)
+        image = self.diffusion.loss(
+            condition_RQE,
+            self.diffusion.sample_latents(self._moments(batch), draws.diffusion.posterior_RCHW.to(self.device)),
+            draws.diffusion,
+            self.loss_config.min_snr_gamma,
+        )
+        total = self.loss_config.text_weight * text + self.loss_config.image_weight * image
+        if captions is None:
+            return Losses(total, text, image, None)
+        caption = self.caption_loss(condition_RQE, captions, draws.drop_R)
+        return Losses(total + self.loss_config.caption_weight * caption, text, image, caption)
+
+    def language_states(self, batch: Batch) -> LanguageStates:
+        """Assemble prompts with pictures and run the language model over them."""
+        features_PLH = batch.input_features_PLH
+        if features_PLH is None and batch.input_pixels_P3HW is not None:
+            dtype = self.backbone.projection.weight.dtype
+            features_PLH = self.backbone.encode_images(batch.input_pixels_P3HW.to(dtype))
+        embeds_BTH, mask_BT, labels_BT = self.assemble(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT, features_PLH
+        )
+        hidden_BTH = self.backbone.language_model.model(
+            inputs_embeds=embeds_BTH.to(self._language_dtype), attention_mask=mask_BT, use_cache=False
+        ).last_hidden_state
+        return LanguageStates(embeds_BTH, mask_BT, labels_BT, hidden_BTH)
+
+    def assemble(
+        self, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, features_PLH: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put a beginning-of-sequence token first and each picture's states in place of its placeholder.
+
+        Text padding keeps its embedding with mask 0; samples that have fewer pictures than the longest are
+        padded with zeros behind that, as published.
+
+        Returns:
+            Embeddings ``[B, T', H]``, mask and labels ``[B, T']``.
+        """
+        ids_BT = F.pad(ids_BT, (1, 0), value=self.tokenizer.bos_id)
+        mask_BT = F.pad(mask_BT, (1, 0), value=1)
+        labels_BT = F.pad(labels_BT, (1, 0), value=IGNORE_INDEX)
+        text_BTH = self.embed(ids_BT)
+        is_picture_BT = ids_BT == self.voken_ids.picture
+        num_queries = self.config.backbone.qformer.num_queries
+        width_BT = torch.where(is_picture_BT, num_queries, 1)
+        starts_BT = width_BT.cumsum(1) - width_BT
+        length = int(width_BT.sum(1).max())
+        rows_BT = torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand_as(ids_BT)
+        text_rows, text_columns = rows_BT[~is_picture_BT], starts_BT[~is_picture_BT]
+        embeds = text_BTH.new_zeros(len(ids_BT), length, text_BTH.shape[2])
+        mask = mask_BT.new_zeros(len(ids_BT), length)
+        labels = labels_BT.new_full((len(ids_BT), length), IGNORE_INDEX)
+        embeds = embeds.index_put((text_rows, text_columns), text_BTH[~is_picture_BT])
+        mask[text_rows, text_columns] = mask_BT[~is_picture_BT]
+        labels[text_rows, text_columns] = labels_BT[~is_picture_BT]
+        count = int(is_picture_BT.sum())
+        if count:
+            given = 0 if features_PLH is None else len(features_PLH)
+            assert given == count, f"{count} picture placeholders but {given} pictures"
+            assert features_PLH is not None
+            offsets_L = torch.arange(num_queries, device=ids_BT.device)
+            rows_PL = rows_BT[is_picture_BT][:, None].expand(-1, num_queries)
+            columns_PL = starts_BT[is_picture_BT][:, None] + offsets_L
+            embeds = embeds.index_put((rows_PL, columns_PL), features_PLH.to(embeds.dtype))
+            mask[rows_PL, columns_PL] = 1
+        return embeds, mask, labels
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Embed token ids, new tokens included."""
+        return self.rows.embed(ids_BT, self.backbone.embedding_VH)
+
+    def logits(self, hidden_XH: Tensor) -> Tensor:
+        """Return logits over the whole vocabulary, new tokens included."""
+        return self.rows.logits(hidden_XH, self.backbone.head_VH)
+
+    def text_loss(self, states: LanguageStates) -> Tensor:
+        """Mean cross-entropy over labelled positions (paper equation 4); logits are taken only there."""
+        targets_BT = states.labels_BT[:, 1:]
+        labelled_BT = targets_BT != IGNORE_INDEX
+        logits_XV = self.logits(states.hidden_BTH[:, :-1][labelled_BT])
+        if len(logits_XV) == 0:
+            return logits_XV.sum()
+        return F.cross_entropy(logits_XV.float(), targets_BT[labelled_BT])
+
+    def condition(self, vokens_RNH: Tensor, drop_R: Tensor | None = None) -> Tensor:
+        """Map voken states to conditioning; dropped ones are zeroed before the mapper."""
+        vokens_RNH = vokens_RNH.to(self.mapper.queries.dtype)
+        if drop_R is not None:
+            vokens_RNH = vokens_RNH.masked_fill(drop_R.to(vokens_RNH.device)[:, None, None], 0.0)
+        return self.mapper(vokens_RNH)
+
+    def caption_loss(self, condition_RQE: Tensor, captions: list[str], drop_R: Tensor) -> Tensor:
+        """Squared error to the caption's text features (paper equation 6); a dropped one's is empty."""
+        kept = ["" if drop else caption for caption, drop in zip(captions, drop_R.tolist(), strict=True)]
+        return F.mse_loss(condition_RQE.float(), self.diffusion.encode_captions(kept).float())
+
+    def _captions_of(self, batch: Batch, starts_R2: Tensor) -> list[str] | None:
+        """Return each wanted picture's caption, or None if any sample of the batch has none."""
+        captions = batch.captions
+        if self.loss_config.caption_weight == 0 or any(caption is None for caption in captions):
+            return None
+        return [captions[row] or "" for row in starts_R2[:, 0].tolist()]
+
+    def _moments(self, batch: Batch) -> Tensor:
+        if batch.output_moments_OCHW is not None:
+            return batch.output_moments_OCHW.to(self.device)
+        assert batch.output_pixels_O3HW is not None, "a response holds vokens but the batch has no picture"
+        return self.diffusion.encode_pixels(batch.output_pixels_O3HW)
+
+    @property
+    def _language_dtype(self) -> torch.dtype:
+        return self.backbone.projection.weight.dtype
+
+    # ---- generation ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Prompt], config: GenerationConfig) -> list[Reply]:
+        """Reply to prompts with text and pictures.
+
+        Each reply depends on its prompt, ``config.seed`` and its id, not on what else is in the batch.
+
+        Raises:
+            InputError: a prompt's placeholders and pictures differ in number.
+        """
+        decoded = self.decode_prompts(requests, config)
+        states = [state for one in decoded for state in one.voken_states]
+        seeds = [
+            sample_seed(config.seed, request.id, "picture", index)
+            for request, one in zip(requests, decoded, strict=True)
+            for index in range(len(one.voken_states))
+        ]
+        pictures = self.render(torch.stack(states), seeds, config) if states else []
+        remaining = iter(pictures)
+        return [
+            self._reply(request, one, [next(remaining) for _ in one.voken_states])
+            for request, one in zip(requests, decoded, strict=True)
+        ]
+
+    def decode_prompts(
+        self,
+        requests: Sequence[Prompt],
+        config: GenerationConfig,
+        *,
+        stops: list[tuple[int, ...]] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        trace: bool = False,
+    ) -> list[Decoded]:
+        """Decode replies' tokens and voken states.
+
+        Args:
+            requests: prompts.
+            config: decoding settings.
+            stops: replaces the tokenizer's stop sequences.
+            generators: replaces each prompt's own generator, seeded from ``config.seed`` and its id.
+            trace: keep every step's last state and scores.
+        """
+        was_training = self.training
+        self.eval()
+        embeds = [self.prompt_embeds(request).to(self._language_dtype) for request in requests]
+        generators = generators or [
+            torch.Generator().manual_seed(sample_seed(config.seed, request.id, "text")) for request in requests
+        ]
+        decoded = decode(
+            self.backbone.language_model,
+            embeds,
+            embed=self.embed,
+            head=self.logits,
+            ids=self.voken_ids,
+            tokenizer=self.tokenizer,
+            config=config,
+            generators=generators,
+            stops=self.stops if stops is None else stops,
+            trace=trace,
+        )
+        self.train(was_training)
+        return decoded
+
+    def prompt_embeds(self, request: Prompt) -> Tensor:
+        """Return a prompt's embeddings ``[T, H]`` with the beginning-of-sequence token and its pictures."""
+        wanted = request.text.count(INPUT_PICTURE)
+        if wanted != len(request.images):
+            raise InputError(
+                f"prompt {request.id}: {wanted} {INPUT_PICTURE} placeholders but {len(request.images)} pictures"
+            )
+        features_PLH = None
+        if request.images:
+            transform = images.input_transform(self.config.backbone.vision.image_size)
+            pixels = torch.stack([transform(image) for image in request.images])
+            features_PLH = self.backbone.encode_images(pixels.to(self.device, self._language_dtype))
+        ids_1T = torch.tensor([self.tokenizer.encode(request.text)], dtype=torch.long, device=self.device)
+        unlabelled = torch.full_like(ids_1T, IGNORE_INDEX)
+        return self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH)[0][0]
+
+    @torch.no_grad()
+    def render(self, vokens_RNH: Tensor, seeds: Sequence[int], config: GenerationConfig) -> list[Image.Image]:
+        """Render one picture for each run of voken states, all in one diffusion batch."""
+        condition_RQE = self.condition(vokens_RNH)
+        negative_RQE = self.condition(torch.zeros_like(vokens_RNH[:1])).expand_as(condition_RQE)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        size = self.config.diffusion.image_size
+        return self.diffusion.render(condition_RQE, negative_RQE, config, generators, size)
+
+    @torch.no_grad()
+    def render_captions(
+        self, captions: Sequence[str], ids: Sequence[str], config: GenerationConfig
+    ) -> list[Image.Image]:
+        """Render captions with Stable Diffusion alone: the published baseline picture."""
+        generators = [torch.Generator().manual_seed(sample_seed(config.seed, name, "baseline")) for name in ids]
+        size = self.config.diffusion.image_size
+        return self.diffusion.render_captions(list(captions), config, generators, size)
+
+    def _reply(self, request: Prompt, decoded: Decoded, pictures: list[Image.Image]) -> Reply:
+        raw_text = self.tokenizer.decode(decoded.token_ids)
+        parts: list[str | Image.Image] = []
+        start = 0
+        remaining = iter(pictures)
+        for end, token in enumerate([*decoded.token_ids, self.voken_ids.first]):
+            if token != self.voken_ids.first:
+                continue
+            text = self.tokenizer.decode(decoded.token_ids[start:end], skip_special=True)
+            text = text.replace(prompts.STOP, "").strip()
+            if text:
+                parts.append(text)
+            if end < len(decoded.token_ids):
+                parts.append(next(remaining))
+            start = end + 1
+        return Reply(request.id, tuple(parts), raw_text, tuple(decoded.token_ids))
+
+
+def build_model(
+    config: ModelConfig, loss: LossConfig, stage: Stage, dtype: torch.dtype = torch.float32
+) -> MiniGPT5:
+    """Load the frozen parts and put fresh vokens and mapper (and stage 2's adapter) on them.
+
+    Args:
+        config: sizes and weight sources.
+        loss: loss weights.
+        stage: training stage.
+        dtype: type of the frozen parts; trainable parts are float32.
+
+    Raises:
+        InputError: missing or wrong weights.
+    """
+    if config.backbone.language_model.weights is None:
+        raise InputError("model.backbone.language_model.weights: give a LLaMA folder or hub id")
+    loaded = load_backbone(config.backbone, dtype)
+    if config.diffusion.weights is None:
+        raise InputError("model.diffusion.weights: give a Stable Diffusion folder or hub id")
+    diffusion = load_diffusion(config.diffusion, dtype)
+    model = MiniGPT5(loaded.model, diffusion, loaded.tokenizer, config, loss, stage)
+    model.reports = loaded.reports
+    return model
+
+
+def build_random(config: ModelConfig, loss: LossConfig, stage: Stage) -> MiniGPT5:
+    """Build every parameter from the configured sizes alone, without tokenizer: for sizes and the meta device."""
+    backbone = MiniGPT4(config.backbone)
+    return MiniGPT5(backbone, build_diffusion(config.diffusion), None, config, loss, stage)
