@@ -67,7 +67,10 @@ class Problem:
 class SampleIndex(Protocol):
     """A data file, indexed: samples are made on access, problems were found while indexing."""
 
-    problems: list[Problem]
+    @property
+    def problems(self) -> list[Problem]:
+        """Records that were left out."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,0 +1,143 @@
+"""Encoded samples in a seeded order, over processes and epochs, resumable in the middle of an epoch."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from minigpt5.data.encode import Encoder
+from minigpt5.data.types import EncodedSample, Sample, SampleIndex
+
+Key = tuple[int, int]
+"""Epoch and sample number. The epoch travels with the key, so it also reaches worker processes that persist."""
+
+
+class SampleDataset(Dataset[EncodedSample]):
+    """Encoded samples of an index.
+
+    Args:
+        index: the samples.
+        encoder: turns one into tensors.
+        flip_seed: mirrors pictures at random, each by (seed, epoch, sample id) alone; None never does.
+    """
+
+    def __init__(self, index: SampleIndex, encoder: Encoder, flip_seed: int | None = None) -> None:
+        self.index = index
+        self.encoder = encoder
+        self.flip_seed = flip_seed
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: Key) -> EncodedSample:
+        epoch, number = key
+        sample = self.index[number]
+        generator = None if self.flip_seed is None else flip_generator(self.flip_seed, epoch, sample.id)
+        return self.encoder(sample, generator)
+
+
+class PromptDataset(Dataset[Sample]):
+    """Samples as they are, to be predicted."""
+
+    def __init__(self, index: SampleIndex) -> None:
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.index[number]
+
+
+class EpochSampler(DistributedSampler[Key]):
+    """A process's share of each epoch's order, as keys of a :class:`SampleDataset`.
+
+    The order depends on (seed, epoch) alone. As in torch's sampler, the shares are filled up with the first
+    samples to equal length, so that the processes stay in step. Lightning keeps a sampler of this type and
+    calls its ``set_epoch``.
+
+    Args:
+        dataset: sized.
+        seed: of the order.
+        shuffle: False keeps the file's order.
+        num_processes: over which the samples are shared.
+        rank: this process.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], *, seed: int = 0, shuffle: bool, num_processes: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_processes, rank=rank, shuffle=shuffle, seed=seed)
+        self.skip = 0
+        """Samples of the next iteration that were already seen; later iterations are whole again."""
+
+    def __iter__(self) -> Iterator[Key]:
+        numbers = list(super().__iter__())
+        skip, self.skip = self.skip, 0
+        return iter([(self.epoch, int(number)) for number in numbers[skip:]])  # type: ignore[call-overload]
+
+
+class ResumableLoader(DataLoader[EncodedSample]):
+    """A loader that can be saved in the middle of an epoch and go on with the samples not yet seen.
+
+    Lightning stores ``state_dict()`` in its checkpoints and restores it. What counts is what was handed out,
+    not what workers have prefetched.
+
+    Args:
+        dataset: samples.
+        sampler: its order.
+        **options: as for ``DataLoader``; ``batch_size`` is not None.
+    """
+
+    def __init__(self, dataset: SampleDataset, *, sampler: EpochSampler, **options: Any) -> None:
+        super().__init__(dataset, sampler=sampler, **options)
+        self._epoch_sampler = sampler
+        self._handed_out = 0
+        self._resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that nothing is read before the first batch is asked for: Lightning makes the iterator
+        # before it sets the epoch.
+        self._handed_out = self._take_resume()
+        assert self.batch_size is not None
+        self._epoch_sampler.skip = self._handed_out * self.batch_size
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches handed out."""
+        return {"epoch": self._epoch_sampler.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration of that epoch begin behind the batches already handed out."""
+        self._resume = dict(state)
+        self._epoch_sampler.set_epoch(state["epoch"])
+        self._handed_out = state["batches"]
+
+    def _take_resume(self) -> int:
+        state, self._resume = self._resume, None
+        if state is None or state["epoch"] != self._epoch_sampler.epoch or state["batches"] >= len(self):
+            return 0
+        return state["batches"]
+
+
+def flip_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:
+    """Return the generator of one sample's mirroring in one epoch."""
+    digest = sha256(f"flip:{seed}:{epoch}:{sample_id}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Return ``DataLoader`` arguments that only make sense with workers, or only with a GPU."""
+    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    if num_workers:
+        options |= {"prefetch_factor": 4, "persistent_workers": True}
+    return options
+
+
+def as_list(samples: Sequence[Sample]) -> list[Sample]:
+    """Collate samples to a list."""
+    return list(samples)

@@ -1,0 +1,176 @@
+"""Published weight files load whole or with an error that names file and keys."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minigpt4.backbone import load_backbone
+from minigpt4.config import BackboneConfig, LanguageModelConfig
+from minigpt4.errors import InputError
+from minigpt4.vision import VisionEncoder, interpolate_positions, load_vision
+from minigpt4.weights import read_state, resolve_source
+from tests.parity.model import model_config
+
+FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
+
+
+@pytest.fixture
+def config() -> BackboneConfig:
+    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
+    return model_config(FIXTURE, dims, 8).backbone
+
+
+def with_vision(config: BackboneConfig, **changes) -> BackboneConfig:
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
+
+
+def with_qformer(config: BackboneConfig, **changes) -> BackboneConfig:
+    return dataclasses.replace(config, qformer=dataclasses.replace(config.qformer, **changes))
+
+
+def with_llama(config: BackboneConfig, folder: Path, **architecture) -> BackboneConfig:
+    language_model = LanguageModelConfig(weights=str(folder), architecture=architecture or None)
+    return dataclasses.replace(config, language_model=language_model)
+
+
+def copy_llama(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    shutil.copytree(FIXTURE / "llama", folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    return folder
+
+
+def test_every_file_is_reported(config):
+    loaded = load_backbone(config)
+    text = "\n".join(str(report) for report in loaded.reports)
+    assert "eva_vit.pth: EVA-CLIP ViT (LAVIS): 40 tensors loaded, 12 expected extras ignored" in text
+    assert "blip2_qformer.pth: BLIP-2 Q-Former (LAVIS)" in text
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    loaded.model.train()
+    assert not any(module.training for module in loaded.model.modules())
+
+
+def test_hugging_face_blip2_folder_gives_the_same_encoder(config, tmp_path):
+    lavis = load_backbone(config).model
+    folder = tmp_path / "blip2"
+    folder.mkdir()
+    state = {f"vision_model.{key}": value for key, value in lavis.vision.model.state_dict().items()}
+    state |= {f"qformer.{key}": value for key, value in lavis.qformer.model.state_dict().items()}
+    state |= {"query_tokens": lavis.qformer.query_tokens.data, "language_projection.weight": torch.zeros(2, 2)}
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
+    changed = with_qformer(with_vision(config, weights=str(folder)), weights=str(folder))
+    hugging_face = load_backbone(changed).model
+    pixels = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(hugging_face.encode_images(pixels), lavis.encode_images(pixels))
+
+
+def test_positions_are_interpolated_to_another_picture_size(config):
+    larger = with_vision(config, image_size=84).vision
+    encoder = VisionEncoder(larger)
+    report = load_vision(encoder, larger, torch.float32)
+    assert "positions interpolated to 6x6" in str(report)
+    original = VisionEncoder(config.vision)
+    load_vision(original, config.vision, torch.float32)
+    # transformers' own interpolation is the independent witness
+    independent = original.model.embeddings.interpolate_pos_encoding(torch.zeros(1, 37, 48), 84, 84)
+    torch.testing.assert_close(encoder.model.embeddings.position_embedding, independent, rtol=1e-2, atol=1e-3)
+    assert encoder(torch.randn(1, 3, 84, 84)).shape == (1, 37, 48)
+
+
+def test_interpolation_keeps_the_class_token():
+    positions = torch.randn(1, 17, 8)
+    assert torch.equal(interpolate_positions(positions, 4), positions)
+    assert torch.equal(interpolate_positions(positions, 7)[:, 0], positions[:, 0])
+
+
+def test_part_without_weights_keeps_random_ones(config):
+    model = load_backbone(dataclasses.replace(config, projection_weights=None)).model
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert model.encode_images(torch.randn(1, 3, 56, 56)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: with_vision(c, weights=str(FIXTURE / "blip2_qformer.pth")), "does not fit as EVA-CLIP"),
+        (lambda c: with_qformer(c, weights=str(FIXTURE / "eva_vit.pth")), "does not fit as BLIP-2 Q-Former"),
+        (lambda c: with_vision(c, weights="./nowhere.pth"), "nowhere.pth: no such file"),
+        (lambda c: with_vision(c, num_layers=2), r"keys unexpected: blocks\.3"),
+        (lambda c: with_vision(c, num_layers=5), r"keys missing: encoder\.layers\.4"),
+        (lambda c: with_vision(c, hidden_size=64, num_heads=4), "sizes differ"),
+        (lambda c: with_qformer(c, num_queries=9), r"query_tokens: file \(1, 8, 32\), model \(1, 9, 32\)"),
+        (
+            lambda c: dataclasses.replace(c, projection_weights=str(FIXTURE / "eva_vit.pth")),
+            "MiniGPT-4 projection",
+        ),
+        (lambda c: with_llama(c, FIXTURE / "sd"), "config.json"),
+        (lambda c: with_llama(c, FIXTURE / "bert-base-uncased"), "model_type is 'bert'"),
+        (lambda c: with_llama(c, FIXTURE / "llama", hidden_size=4096), "architecture.hidden_size is 4096"),
+    ],
+)
+def test_wrong_files_are_named(config, change, message):
+    with pytest.raises(InputError, match=message):
+        load_backbone(change(config))
+
+
+def test_sharded_bin_folder_gives_the_same_model(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(state)
+    shards = {"pytorch_model-00001-of-00002.bin": keys[::2], "pytorch_model-00002-of-00002.bin": keys[1::2]}
+    for name, part in shards.items():
+        torch.save({key: state[key] for key in part}, folder / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, part in shards.items() for key in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    sharded = load_backbone(with_llama(config, folder)).model
+    whole = load_backbone(config).model
+    for key, value in whole.language_model.state_dict().items():
+        assert torch.equal(value, sharded.language_model.state_dict()[key]), key
+
+
+def test_padding_row_beyond_the_tokenizer_is_not_used(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[key] = torch.cat([state[key], torch.full((1, 64), 7.0)])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": 601}))
+    loaded = load_backbone(with_llama(config, folder))
+    assert len(loaded.tokenizer) == 600
+    assert "rows from 600 on have no token" in str(loaded.reports[0])
+
+
+def test_missing_parts_of_a_llama_folder_are_named(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"keys missing: model\.norm\.weight"):
+        load_backbone(with_llama(config, folder))
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.model: no SentencePiece model"):
+        load_backbone(with_llama(config, folder))
+
+
+def test_damaged_and_unsafe_files_are_refused(tmp_path):
+    (tmp_path / "cut.pth").write_bytes((FIXTURE / "eva_vit.pth").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 50)
+    torch.save({"weight": Path("/")}, tmp_path / "code.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    for name in ("cut.pth", "cut.safetensors", "code.pth", "empty.pth"):
+        with pytest.raises(InputError, match=name):
+            read_state(tmp_path / name)
+
+
+def test_unreachable_hub_id_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"some-org/some-model.*download it and give its folder"):
+        resolve_source("some-org/some-model", "model.backbone.vision.weights")

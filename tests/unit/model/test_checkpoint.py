@@ -1,0 +1,183 @@
+"""Checkpoints load whole or not at all, and convert both ways without loss."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt4.errors import InputError
+from minigpt4.weights import read_state
+from minigpt5.checkpoint import (
+    FORMAT_KEY,
+    checkpoint_mark,
+    convert,
+    find_checkpoint,
+    load_checkpoint,
+    main,
+    read_checkpoint,
+    trainable_state,
+)
+from minigpt5.config import AdapterConfig, LossConfig, ModelConfig, PathsConfig, Stage, VokenConfig
+from minigpt5.model import MiniGPT5, build_model
+from tests.parity.model import model_config
+
+FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
+
+
+def config(**changes) -> ModelConfig:
+    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
+    base = model_config(FIXTURE, dims, 8)
+    return ModelConfig(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, **changes})
+
+
+def build(stage: Stage, **changes) -> MiniGPT5:
+    return build_model(config(**changes), LossConfig(), stage)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_round_trip_is_exact(tmp_path, number):
+    source = FIXTURE / f"stage{number}.ckpt"
+    convert(source, tmp_path / "ours", to="ours", new_tokens=9)
+    convert(tmp_path / "ours", tmp_path / "back.ckpt", to="published", new_tokens=9)
+    before, after = read_state(source), read_state(tmp_path / "back.ckpt")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    recorded = json.loads((FIXTURE / f"keys_stage{number}.json").read_text())
+    content = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    assert sorted(content) == sorted(recorded["ckpt_keys"])
+    assert content["hyper_parameters"] == recorded["hyper_parameters"]
+
+
+def test_frozen_rows_are_left_out_where_the_language_model_has_them(tmp_path):
+    convert(FIXTURE / "stage1.ckpt", tmp_path / "small", to="ours", new_tokens=9, language_model=FIXTURE / "llama")
+    tensors = load_file(tmp_path / "small" / "trainable.safetensors")
+    assert "rows.embedding" in tensors
+    assert "base.embedding" not in tensors
+    with pytest.raises(InputError, match="--language_model FOLDER"):
+        convert(tmp_path / "small", tmp_path / "x.ckpt", to="published", new_tokens=9)
+    convert(
+        tmp_path / "small", tmp_path / "x.ckpt", to="published", new_tokens=9, language_model=FIXTURE / "llama"
+    )
+    before, after = read_state(FIXTURE / "stage1.ckpt"), read_state(tmp_path / "x.ckpt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_converted_folder_loads_to_the_same_parameters(tmp_path):
+    convert(FIXTURE / "stage1.ckpt", tmp_path / "ours", to="ours", new_tokens=9)
+    published, ours = build(Stage.ALIGNMENT), build(Stage.ALIGNMENT)
+    load_checkpoint(published, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
+    report = load_checkpoint(ours, tmp_path / "ours", Stage.ALIGNMENT, "--test_weight")
+    assert "ours alignment checkpoint" in str(report)
+    for (name, one), (_, other) in zip(published.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_own_lightning_file_round_trips(tmp_path):
+    model = build(Stage.ALIGNMENT)
+    path = tmp_path / "own.ckpt"
+    torch.save({"state_dict": trainable_state(model), FORMAT_KEY: checkpoint_mark(Stage.ALIGNMENT)}, path)
+    other = build(Stage.ALIGNMENT)
+    load_checkpoint(other, path, Stage.ALIGNMENT, "--test_weight")
+    assert torch.equal(other.mapper.queries, model.mapper.queries)
+
+
+def test_drifted_frozen_rows_are_restored_whole(tmp_path):
+    content = torch.load(FIXTURE / "stage1.ckpt", weights_only=True)
+    key = "model.llama_model.model.embed_tokens.weight"
+    content["state_dict"][key][:-9] *= 0.99
+    torch.save(content, tmp_path / "drifted.ckpt")
+    model = build(Stage.ALIGNMENT)
+    report = load_checkpoint(model, tmp_path / "drifted.ckpt", Stage.ALIGNMENT, "--test_weight")
+    assert torch.equal(model.backbone.embedding_VH, content["state_dict"][key][:-9])
+    assert "base.embedding restored whole" in str(report)
+
+
+def broken(tmp_path: Path, number: int, change) -> Path:
+    content = torch.load(FIXTURE / f"stage{number}.ckpt", weights_only=True)
+    change(content["state_dict"])
+    path = tmp_path / "broken.ckpt"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("fc.0.bias"), "keys missing: mapper.mlp.0.bias"),
+        (lambda state: state.update(surprise=torch.zeros(1)), "keys unexpected: surprise"),
+        (lambda state: state.update({"fc.0.bias": torch.zeros(3)}), r"file \(3,\), model \(24,\)"),
+        (lambda state: state.pop("model.llama_model.lm_head.weight"), "lm_head.weight"),
+    ],
+)
+def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path, change, message):
+    path = broken(tmp_path, 1, change)
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(build(Stage.ALIGNMENT), path, Stage.ALIGNMENT, "--test_weight")
+    assert "broken.ckpt" in str(error.value)
+
+
+def test_a_failed_load_changes_nothing(tmp_path):
+    model = build(Stage.ALIGNMENT)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    path = broken(tmp_path, 1, lambda state: state.pop("fc.0.bias"))
+    with pytest.raises(InputError):
+        load_checkpoint(model, path, Stage.ALIGNMENT, "--test_weight")
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_stages_are_not_mixed_up():
+    with pytest.raises(InputError, match="is a stage-2 checkpoint, a stage-1 one is needed"):
+        load_checkpoint(build(Stage.ALIGNMENT), FIXTURE / "stage2.ckpt", Stage.ALIGNMENT, "--stage1_weight")
+    multimodal = build(Stage.MULTIMODAL)
+    with pytest.raises(InputError, match="--stage1_weight"):
+        load_checkpoint(multimodal, FIXTURE / "stage2.ckpt", Stage.MULTIMODAL, "--test_weight")
+    with pytest.raises(InputError, match="is a stage-1 checkpoint"):
+        load_checkpoint(multimodal, FIXTURE / "stage1.ckpt", Stage.MULTIMODAL, "--test_weight")
+
+
+def test_lora_that_would_not_be_applied_is_an_error():
+    model = build(Stage.MULTIMODAL, adapter=AdapterConfig(kind="none"))
+    load_checkpoint(model, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--stage1_weight")
+    with pytest.raises(InputError, match="lora_"):
+        load_checkpoint(model, FIXTURE / "stage2.ckpt", Stage.MULTIMODAL, "--test_weight")
+
+
+def test_another_number_of_vokens_is_an_error():
+    model = build(Stage.ALIGNMENT, vokens=VokenConfig(count=4))
+    with pytest.raises(InputError, match="number of vokens"):
+        load_checkpoint(model, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
+
+
+def test_other_files_are_refused(tmp_path):
+    for path in (FIXTURE / "eva_vit.pth", FIXTURE / "config.json", tmp_path / "nowhere.ckpt", FIXTURE / "llama"):
+        with pytest.raises(InputError, match=str(path.name)):
+            read_checkpoint(path, 9, "--test_weight")
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    torch.save({"state_dict": {"x": Path("/")}}, tmp_path / "evil.ckpt")
+    with pytest.raises(InputError, match="not a readable weight file"):
+        read_checkpoint(tmp_path / "evil.ckpt", 9, "--test_weight")
+
+
+def test_checkpoints_are_found_in_the_published_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, bundled = tmp_path / "weights", tmp_path / "bundled"
+    for folder in (weights, bundled):
+        folder.mkdir()
+    paths = PathsConfig(weights=weights, bundled_checkpoints=bundled)
+    with pytest.raises(InputError, match="looked in"):
+        find_checkpoint(Path("a.ckpt"), paths, "--test_weight")
+    shutil.copy(FIXTURE / "README.json", bundled / "a.ckpt")
+    assert find_checkpoint(Path("a.ckpt"), paths, "--test_weight") == bundled / "a.ckpt"
+    shutil.copy(FIXTURE / "README.json", weights / "a.ckpt")
+    assert find_checkpoint(Path("a.ckpt"), paths, "--test_weight") == weights / "a.ckpt"
+
+
+def test_command_line_converts(tmp_path, capsys):
+    main(["convert", str(FIXTURE / "stage2.ckpt"), str(tmp_path / "ours"), "--to", "ours"])
+    main(["show", str(tmp_path / "ours")])
+    assert "multimodal stage" in capsys.readouterr().out

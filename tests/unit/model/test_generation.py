@@ -1,0 +1,129 @@
+"""Decoding: voken forcing, stopping, pictures, and independence of the batch."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minigpt4.errors import InputError
+from minigpt5.checkpoint import load_checkpoint
+from minigpt5.config import GenerationConfig, LossConfig, Stage
+from minigpt5.data.types import Prompt
+from minigpt5.generation import choose_scores, stop_sequences
+from minigpt5.model import MiniGPT5, build_model
+from tests.parity.model import model_config
+
+FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
+SETTINGS = GenerationConfig(max_new_tokens=12, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT5:
+    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
+    built = build_model(model_config(FIXTURE, dims, 8), LossConfig(), Stage.ALIGNMENT)
+    load_checkpoint(built, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
+    return built.eval()
+
+
+def prompts() -> list[Prompt]:
+    picture = Image.open(FIXTURE / "images" / "im4.png").convert("RGB")
+    return [
+        Prompt("short", "###Human: a boat ###Assistant:"),
+        Prompt("picture", "###Human: what is this <Img><ImageHere></Img> ###Assistant:", (picture,)),
+        Prompt("long", "###Human: " + "the dog ran into the water and " * 6 + "###Assistant:"),
+    ]
+
+
+@pytest.mark.parametrize("policy", ["auto", "force", "never"])
+def test_replies_do_not_depend_on_the_batch(model, policy):
+    config = dataclasses.replace(SETTINGS, images=policy)
+    together = model.generate(prompts(), config)
+    alone = [model.generate([prompt], config)[0] for prompt in prompts()]
+    assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one.images) == len(other.images)
+        for left, right in zip(one.images, other.images, strict=True):
+            assert np.abs(np.asarray(left, dtype=int) - np.asarray(right, dtype=int)).max() <= 1
+
+
+def test_another_seed_gives_another_reply(model):
+    settings = [dataclasses.replace(SETTINGS, seed=seed, temperature=3.0) for seed in range(3)]
+    replies = {model.generate(prompts()[2:], config)[0].token_ids for config in settings}
+    assert len(replies) == 3
+
+
+def test_forced_picture_comes_first_and_only_img0_is_recorded(model):
+    replies = model.generate(prompts(), dataclasses.replace(SETTINGS, images="force"))
+    for reply in replies:
+        assert reply.token_ids[1] == model.voken_ids.first
+        assert len(reply.images) == reply.token_ids.count(model.voken_ids.first)
+        assert not isinstance(reply.parts[0], str)
+        assert reply.images[0].size == (64, 64)
+        assert "[IMG" not in reply.text
+
+
+def test_never_gives_text_only(model):
+    banned = dataclasses.replace(SETTINGS, images="never", temperature=5.0, top_k=0, top_p=1.0)
+    for reply in model.generate(prompts(), banned):
+        assert model.voken_ids.first not in reply.token_ids
+        assert reply.images == ()
+
+
+def test_img0_as_the_last_allowed_token_still_gets_its_picture(model):
+    config = dataclasses.replace(SETTINGS, images="force", max_new_tokens=1)
+    (short,) = model.decode_prompts(prompts()[:1], config)
+    (long,) = model.decode_prompts(prompts()[:1], dataclasses.replace(config, max_new_tokens=4))
+    assert short.token_ids == [model.tokenizer.bos_id, model.voken_ids.first]
+    torch.testing.assert_close(short.voken_states[0], long.voken_states[0])
+
+
+def test_several_pictures_in_one_reply(model, monkeypatch):
+    first = model.voken_ids.first
+    wanted = iter([first, 40, first, model.tokenizer.eos_id])
+    monkeypatch.setattr("minigpt5.generation.choose_token", lambda *_: next(wanted))
+    (reply,) = model.generate(prompts()[:1], SETTINGS)
+    assert [isinstance(part, str) for part in reply.parts] == [False, True, False]
+    assert reply.raw_text.count("[IMG0]") == 2
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_forcing_works_whatever_the_sign_of_the_scores(sign):
+    logits = sign * torch.rand(20).add(0.5)
+    scores = choose_scores(logits, [1], GenerationConfig(), forced=7)
+    assert int(scores.argmax()) == 7
+    assert torch.softmax(scores, -1)[7] == 1.0
+
+
+def test_stop_sequences_cover_both_tokenizations(model):
+    found = stop_sequences(model.tokenizer, "###")
+    assert tuple(model.tokenizer.encode("###")) in found
+    for ids in found:
+        assert model.tokenizer.decode([40, *ids]).endswith("###")
+
+
+def test_reply_ends_at_the_stop_string(model, monkeypatch):
+    stop = model.tokenizer.encode("###")
+    wanted = iter([40, 41, *stop, 42])
+    monkeypatch.setattr("minigpt5.generation.choose_token", lambda *_: next(wanted))
+    (reply,) = model.generate(prompts()[:1], SETTINGS)
+    assert list(reply.token_ids) == [model.tokenizer.bos_id, 40, 41, *stop]
+    assert "#" not in reply.text
+    assert reply.raw_text.endswith("###")
+
+
+def test_placeholders_and_pictures_must_agree(model):
+    with pytest.raises(InputError, match="1 <ImageHere> placeholders but 0 pictures"):
+        model.generate([Prompt("x", "look <Img><ImageHere></Img>")], SETTINGS)
+
+
+def test_generation_leaves_the_mode_as_it_was(model):
+    model.train()
+    model.generate(prompts()[:1], SETTINGS)
+    assert model.training
+    assert not model.backbone.training
+    assert not model.diffusion.training
+    model.eval()
