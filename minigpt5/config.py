@@ -192,10 +192,10 @@ class MetricsConfig:
     clip_pretrained: str = "openai"
     """open_clip pretrained tag or a weights file."""
     fid_network: str | None = None
-    """None: torchmetrics' InceptionV3; else a local feature network (see docs/data.md)."""
+    """None: torchmetrics' InceptionV3; else its weights file or a small network (see docs/metrics.md)."""
     inception_network: str | None = None
     sentence_encoder: str = "all-MiniLM-L6-v2"
-    """sentence-transformers name or folder."""
+    """sentence-transformers name or folder; ``clip``: the text tower of the CLIP model."""
     device: str = "auto"
 
 

@@ -132,6 +132,11 @@ class MiniGPT5(nn.Module):
         """Where the model is."""
         return self.rows.embedding.device
 
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile the parts that do the work in a step with ``torch.compile``, in place."""
+        for part in (self.backbone.language_model.model, self.diffusion.unet, self.mapper):
+            part.compile(backend=backend)
+
     def trainable_groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
         """Return AdamW parameter groups: the language side, and the mapper at its own rate in stage 1."""
         mapper = [parameter for parameter in self.mapper.parameters() if parameter.requires_grad]

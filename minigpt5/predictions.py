@@ -27,7 +27,7 @@ class Prediction:
     """One reply beside what was wanted. Picture paths are relative to the store's folder."""
 
     id: str
-    """The published task name, e.g. ``cc3m_0``, ``40470_0-gen``, ``mmdialog0_1``."""
+    """The published task name, e.g. ``cc3m_0``, ``40470_0-gen``, ``12_3-mm``."""
     dataset: str
     task: str
     prompt: str

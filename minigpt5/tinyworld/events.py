@@ -1,0 +1,102 @@
+"""What can happen to a scene: one attribute changes, another thing comes or goes; the rest stays as it is."""
+
+from dataclasses import dataclass, replace
+from random import Random
+
+from minigpt5.tinyworld.captions import BACKGROUND_PHRASES, POSITION_PHRASES, SIZE_WORDS, noun_phrase
+from minigpt5.tinyworld.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    SIZES,
+    Scene,
+    apart,
+    belongs,
+    random_second,
+)
+
+EVENT_KINDS = ("move", "resize", "recolour", "background", "meet", "leave")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of one kind, and the scene after it."""
+
+    kind: str
+    after: Scene
+
+
+def possible_events(scene: Scene, split: str, rng: Random) -> dict[str, list[Event]]:
+    """Return kind → the events that lead to another scene of ``split``; kinds without any are left out."""
+    main, kinds = scene.main, {}
+    kinds["move"] = [scene.with_main(position=value) for value in POSITIONS if value != main.position]
+    kinds["resize"] = [scene.with_main(size=value) for value in SIZES if value != main.size]
+    kinds["recolour"] = [scene.with_main(colour=value) for value in COLOURS if value != main.colour]
+    kinds["background"] = [replace(scene, background=value) for value in BACKGROUNDS if value != scene.background]
+    if len(scene.things) == 1:
+        met = random_second(rng, scene, split)
+        kinds["meet"] = [met] if met else []
+    else:
+        kinds["leave"] = [replace(scene, things=(main,))]
+    events = {
+        kind: [Event(kind, after) for after in scenes if belongs(after, split) and _is_drawable(after)]
+        for kind, scenes in kinds.items()
+    }
+    return {kind: choices for kind, choices in events.items() if choices}
+
+
+def random_event(scene: Scene, split: str, rng: Random, exclude: tuple[str, ...] = ()) -> Event | None:
+    """Draw a kind, then an event of it; None if nothing outside ``exclude`` can happen within ``split``."""
+    events = possible_events(scene, split, rng)
+    kinds = [kind for kind in EVENT_KINDS if kind in events and kind not in exclude]
+    return rng.choice(events[rng.choice(kinds)]) if kinds else None
+
+
+def describe_event(before: Scene, event: Event, rng: Random, it: str = "it") -> str:
+    """Return the sentence that tells an event; what stays as it was is not mentioned.
+
+    Args:
+        before: the scene that the event changes.
+        event: what happens.
+        rng: chooses the words.
+        it: how the main thing is called.
+    """
+    main = event.after.main
+    if event.kind == "move":
+        return rng.choice(
+            (
+                f"{it} moves to the {main.position} .",
+                f"then {it} goes to the {main.position} .",
+                f"{it} jumps to the {main.position} .",
+            )
+        )
+    if event.kind == "resize":
+        verb = "grows" if main.size == "big" else "shrinks"
+        size = rng.choice(SIZE_WORDS[main.size])
+        return rng.choice((f"{it} {verb} .", f"{it} becomes {size} .", f"now {it} is {size} ."))
+    if event.kind == "recolour":
+        colour = main.colour
+        return rng.choice((f"{it} turns {colour} .", f"{it} becomes {colour} .", f"now {it} is {colour} ."))
+    if event.kind == "meet":
+        other = event.after.things[1]
+        thing, place = noun_phrase(other, rng), rng.choice(POSITION_PHRASES[other.position])
+        sentences = (f"{it} meets {thing} {place} .", f"{thing} comes {place} .", f"then we see {thing} {place} .")
+        return rng.choice(sentences)
+    if event.kind == "leave":
+        other = before.things[1]
+        return rng.choice(("the {} {} goes away .", "the {} {} leaves .")).format(other.colour, other.shape)
+    return _describe_background(event.after.background, rng, it)
+
+
+def _describe_background(background: str, rng: Random, it: str) -> str:
+    if background == "night":
+        return rng.choice(("night falls .", "it gets dark .", "now it is night ."))
+    if background == "sky":
+        sentences = ("a new day comes .", f"{it} flies into the day sky .", f"now {it} is in the daylight .")
+        return rng.choice(sentences)
+    ground = rng.choice(BACKGROUND_PHRASES[background])
+    return rng.choice((f"then {it} lands {ground} .", f"now {it} is {ground} .", f"next {it} is {ground} ."))
+
+
+def _is_drawable(scene: Scene) -> bool:
+    return len(scene.things) == 1 or apart(scene.things[0].position, scene.things[1].position)

@@ -1,0 +1,41 @@
+import argparse
+
+import pytest
+
+from minigpt4.errors import InputError
+from minigpt5.cli import run_command
+
+
+def _fail(_):
+    raise InputError("--flag x: no such thing; give y")
+
+
+def test_input_errors_are_one_line_and_exit_2(capsys):
+    assert run_command(_fail, []) == 2
+    assert capsys.readouterr().err == "error: --flag x: no such thing; give y\n"
+
+
+def test_debug_keeps_the_traceback():
+    with pytest.raises(InputError):
+        run_command(_fail, ["--debug"])
+
+
+def test_unknown_flags_exit_2():
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda arguments: argparse.ArgumentParser().parse_args(arguments) and None, ["--nonsense"])
+    assert stop.value.code == 2
+
+
+def test_results_and_interrupts_become_exit_codes(capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    assert run_command(lambda _: None, []) == 0
+    assert run_command(lambda _: 3, []) == 3
+    assert run_command(interrupt, []) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_own_defects_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda _: 1 // 0, [])

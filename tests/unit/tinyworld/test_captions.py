@@ -1,0 +1,49 @@
+from random import Random
+
+from minigpt5.tinyworld.captions import article, caption, read_attributes
+from minigpt5.tinyworld.scenes import Scene, Thing, random_scene, seeded
+
+
+def test_captions_name_every_attribute_of_the_main_thing_and_the_background():
+    for index in range(1500):
+        rng = seeded(0, "train", index)
+        scene = random_scene(rng, "train", things=1 + index % 2)
+        main = scene.main
+        wanted = {
+            "size": main.size,
+            "shape": main.shape,
+            "colour": main.colour,
+            "position": main.position,
+            "background": scene.background,
+        }
+        text = caption(scene, rng)
+        assert read_attributes(text) == wanted, text
+
+
+def test_captions_vary_in_wording_but_stay_lower_case_ascii():
+    scene = Scene((Thing("circle", "orange", "big", "middle"),), "snow")
+    texts = {caption(scene, Random(seed)) for seed in range(300)}
+    assert len(texts) > 40
+    assert all(text.isascii() and text == text.lower() for text in texts)
+
+
+def test_captions_of_two_things_name_the_second_too():
+    scene = Scene((Thing("circle", "red", "big", "middle"), Thing("ring", "blue", "small", "upper left")), "snow")
+    for seed in range(20):
+        text = caption(scene, Random(seed))
+        rest = text[text.index("blue") - 20 :]
+        assert "ring" in rest
+        assert "left" in rest
+
+
+def test_reading_partial_text_gives_what_is_there():
+    assert read_attributes("it turns blue .") == {"colour": "blue"}
+    assert read_attributes("is it tiny ?") == {"size": "small"}
+    assert read_attributes("it is at the top .") == {"position": "top"}
+    assert read_attributes("the red box , then a blue star") == {"colour": "red", "shape": "square"}
+    assert read_attributes("hello") == {}
+
+
+def test_article():
+    assert article("orange star") == "an orange star"
+    assert article("red star") == "a red star"

@@ -1,0 +1,86 @@
+from collections import Counter
+from dataclasses import fields
+
+import pytest
+
+from minigpt5.tinyworld.captions import read_attributes
+from minigpt5.tinyworld.events import EVENT_KINDS, describe_event, possible_events, random_event
+from minigpt5.tinyworld.scenes import Thing, belongs, random_scene, seeded
+from minigpt5.tinyworld.stories import STORY_LENGTH, make_story
+
+CHANGED = {"move": "position", "resize": "size", "recolour": "colour"}
+
+
+def differences(before, after):
+    changed = [
+        field.name
+        for field in fields(Thing)
+        if getattr(before.main, field.name) != getattr(after.main, field.name)
+    ]
+    changed += ["background"] if before.background != after.background else []
+    changed += ["others"] if before.things[1:] != after.things[1:] else []
+    return changed
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_each_step_changes_exactly_what_its_event_says(split):
+    expected = CHANGED | {"background": "background", "meet": "others", "leave": "others"}
+    for index in range(200):
+        steps = make_story(0, split, index).steps
+        assert len(steps) == STORY_LENGTH
+        assert steps[0].event is None
+        for before, step in zip(steps, steps[1:], strict=False):
+            assert differences(before.scene, step.scene) == [expected[step.event]]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_scene_belongs_to_the_split(split):
+    assert all(belongs(step.scene, split) for index in range(200) for step in make_story(1, split, index).steps)
+
+
+def test_sentences_tell_the_new_value():
+    for index in range(300):
+        for step in make_story(2, "train", index).steps[1:]:
+            attribute = CHANGED.get(step.event)
+            if attribute and not step.text.endswith(("grows .", "shrinks .")):
+                goal = step.text.replace("to the", "in the") if attribute == "position" else step.text
+                value = getattr(step.scene.main, attribute)
+                words = read_attributes(goal).get(attribute, step.text)
+                assert words == value or f"the {value}" in words, step.text
+
+
+def test_all_kinds_of_events_and_of_openings_occur_about_evenly():
+    stories = [make_story(0, "train", index) for index in range(300)]
+    kinds = Counter(step.event for story in stories for step in story.steps[1:])
+    assert set(kinds) == set(EVENT_KINDS)
+    assert min(kinds.values()) > 50
+    told = Counter(story.told for story in stories)
+    assert min(told["all"], told["some"], told["nothing"]) > 40
+
+
+def test_a_silent_opening_tells_no_attribute():
+    silent = [story for index in range(200) if (story := make_story(0, "train", index)).told == "nothing"]
+    assert len(silent) > 20
+    assert all(read_attributes(story.steps[0].text) == {} for story in silent)
+
+
+def test_stories_repeat_for_the_same_seed_and_number():
+    assert make_story(4, "train", 7) == make_story(4, "train", 7)
+    assert make_story(4, "train", 7) != make_story(5, "train", 7)
+
+
+def test_excluded_kinds_do_not_happen():
+    for index in range(100):
+        rng = seeded(0, "train", index)
+        scene = random_scene(rng, "train")
+        event = random_event(scene, "train", rng, exclude=("move", "background"))
+        assert event is not None
+        assert event.kind not in ("move", "background")
+
+
+def test_events_name_the_main_thing_as_asked():
+    rng = seeded(0, "train", "names")
+    scene = random_scene(rng, "train", things=2)
+    for choices in possible_events(scene, "train", rng).values():
+        text = describe_event(scene, choices[0], rng, it="the star")
+        assert " it " not in f" {text} " or text in ("it gets dark .", "now it is night .")
