@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.parity.data import compare_data
-from tests.parity.lavis import compare_lavis
+from tests.parity.vision import compare_lavis
 from tests.parity.metrics import compare_metrics
 from tests.parity.model import compare_model
 from tests.parity.rows import Row

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.lavis import compare_lavis
+from tests.parity.vision import compare_lavis
 from tests.parity.model import compare_model
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -1,0 +1,38 @@
+"""MiniGPT-5 from Python, in the length of a notebook cell: ``python examples/api_example.py``.
+
+Runs on a CPU with the tiny preset and its bundled checkpoints; another configuration is the only change for the
+paper's model.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from minigpt5.config import load_config  # noqa: E402
+from minigpt5.conversation import Conversation  # noqa: E402
+from minigpt5.images import open_picture  # noqa: E402
+from minigpt5.runs import open_model  # noqa: E402
+
+
+def main() -> None:
+    """Ask twice: the second question builds on the first answer and its picture."""
+    flags = {"stage": "multimodal", "stage1_weight": "stage1_cc3m.ckpt", "test_weight": "stage2_vist.ckpt"}
+    config = load_config(Path("config/tiny.yaml"), flags, {})
+    model = open_model(config)
+    settings = replace(config.generation, images="force")
+
+    chat = Conversation()
+    prompt = chat.ask("look at this . Tell me the next scene with image.", [open_picture(HERE / "story_0.png")])
+    (first,) = model.generate([prompt], settings)
+    chat.answer(first)
+    print("first:", first.text, [picture.size for picture in first.images])
+
+    (second,) = model.generate([chat.ask("What should happen then?")], settings)
+    print("second:", second.text, [picture.size for picture in second.images])
+
+
+if __name__ == "__main__":
+    main()

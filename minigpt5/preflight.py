@@ -1,0 +1,105 @@
+"""Everything that can be known to be missing before a run starts, gathered into one error."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minigpt4.errors import InputError
+from minigpt4.weights import resolve_source
+from minigpt5.checkpoint import find_checkpoint
+from minigpt5.config import RunConfig, Stage
+
+
+def check_run(config: RunConfig) -> None:
+    """Check that a training or prediction run has its flags and files.
+
+    Raises:
+        InputError: one message that lists every problem with its flag or key.
+    """
+    _raise_for([*_problems(config), *_missing_files(config)])
+
+
+def check_model(config: RunConfig) -> None:
+    """Check that a model that is to generate has its flags and files.
+
+    Raises:
+        InputError: as :func:`check_run`.
+    """
+    _raise_for([*_missing_test_weight(config), *_missing_files(config)])
+
+
+def _raise_for(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise InputError(f"{len(problems)} problems with this run:\n{listed}")
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    if config.is_training:
+        yield from _missing_data(config, "--train_data_path", config.data.train, "training")
+        yield from _missing_data(config, "--val_data_path", config.data.validation, "validation")
+    elif config.test_weight is None and config.data.test is None:
+        yield (
+            "nothing to do: give --is_training True to train, or --test_weight and --test_data_path to generate"
+        )
+    else:
+        yield from _missing_test_weight(config)
+        yield from _missing_data(config, "--test_data_path", config.data.test, "test")
+
+
+def _missing_test_weight(config: RunConfig) -> Iterator[str]:
+    if config.test_weight is None:
+        yield "--test_weight: give the checkpoint to generate with"
+
+
+def _missing_files(config: RunConfig) -> Iterator[str]:
+    yield from _missing_checkpoints(config)
+    yield from _missing_weights(config)
+
+
+def _missing_data(config: RunConfig, flag: str, name: Path | None, what: str) -> Iterator[str]:
+    if name is None:
+        yield f"{flag}: give the {what} data file (below DATAFOLDER, now {config.data.folder})"
+    elif not (config.data.folder / name).is_file():
+        yield f"{flag}: {config.data.folder / name}: no such file (DATAFOLDER is {config.data.folder})"
+
+
+def _missing_checkpoints(config: RunConfig) -> Iterator[str]:
+    if config.stage is Stage.MULTIMODAL and config.stage1_weight is None:
+        yield "--stage1_weight: stage 2 (IS_STAGE2=True) starts from a stage 1 checkpoint; give it"
+    named = {"--stage1_weight": config.stage1_weight if config.stage is Stage.MULTIMODAL else None}
+    if config.is_training:
+        named["--resume"] = config.resume
+    else:
+        named["--test_weight"] = config.test_weight
+    for flag, name in named.items():
+        if name is not None:
+            yield from _attempt(find_checkpoint, name, config.paths, flag)
+
+
+def _missing_weights(config: RunConfig) -> Iterator[str]:
+    backbone = config.model.backbone
+    sources = {
+        "model.backbone.vision.weights": backbone.vision.weights,
+        "model.backbone.qformer.weights": backbone.qformer.weights,
+        "model.backbone.projection_weights": backbone.projection_weights,
+        "model.backbone.language_model.weights": backbone.language_model.weights,
+        "model.diffusion.weights": config.model.diffusion.weights,
+    }
+    for key, source in sources.items():
+        if source is not None and is_local(source):
+            yield from _attempt(resolve_source, source, key)
+
+
+def is_local(source: str) -> bool:
+    """Whether a weight source can only be a path, not a hub id (``owner/name``) or an address."""
+    path = Path(source)
+    return "://" not in source and (source.startswith(".") or bool(path.suffix) or len(path.parts) != 2)
+
+
+def _attempt(look: Callable[..., Path], *arguments: object) -> Iterator[str]:
+    try:
+        look(*arguments)
+    except InputError as error:
+        yield str(error)

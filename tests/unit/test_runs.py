@@ -1,0 +1,114 @@
+import pytest
+
+from minigpt4.errors import InputError
+from minigpt5.callbacks import plain_name, publish_checkpoint
+from minigpt5.config import TrainingConfig
+from minigpt5.hardware import choose_hardware
+from minigpt5.preflight import is_local
+from minigpt5.runs import StepPlan, build_loggers, plan_steps
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("stage1_cc3m_{epoch}-{step}", "stage1_cc3m"),
+        ("model_{epoch}-{step}", "model"),
+        ("run_{epoch:02d}_{val_loss:.2f}", "run"),
+        ("best", "best"),
+        ("{epoch}", "model"),
+    ],
+)
+def test_plain_name(pattern, name):
+    assert plain_name(pattern) == name
+
+
+def test_published_checkpoint_keeps_what_was_there(tmp_path):
+    best, target = tmp_path / "name_epoch=0.ckpt", tmp_path / "name.ckpt"
+    target.write_text("downloaded")
+    best.write_text("first")
+    publish_checkpoint(best, target)
+    best.write_text("second")
+    publish_checkpoint(best, target)
+    contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert contents == {
+        "name_epoch=0.ckpt": "second",
+        "name.ckpt": "second",
+        "name-v1.ckpt": "downloaded",
+        "name-v2.ckpt": "first",
+    }
+
+
+def test_publishing_a_checkpoint_under_its_own_name_changes_nothing(tmp_path):
+    path = tmp_path / "name.ckpt"
+    path.write_text("best")
+    publish_checkpoint(path, path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(
+    ("effective", "batch", "processes", "nodes", "expected"),
+    [(48, 2, 1, 1, 24), (48, 2, 4, 1, 6), (48, 2, 4, 2, 3), (4, 8, 1, 1, 1), (50, 4, 3, 1, 4)],
+)
+def test_accumulation_reaches_the_effective_batch_size(effective, batch, processes, nodes, expected):
+    training = TrainingConfig(effective_batch_size=effective, batch_size=batch, num_nodes=nodes)
+    assert plan_steps(training, 1000, processes, is_cc3m=True).accumulate == expected
+
+
+@pytest.mark.parametrize("fraction", [None, 0.1, 1.0])
+@pytest.mark.parametrize("accumulate", [1, 3, 24])
+@pytest.mark.parametrize("batches", [1, 2, 7, 100, 1001])
+def test_validations_fall_on_optimizer_steps(batches, accumulate, fraction):
+    training = TrainingConfig(
+        batch_size=2, effective_batch_size=2 * accumulate, val_check_interval=fraction, num_epochs=3
+    )
+    plan = plan_steps(training, 2 * batches - 1, 1, is_cc3m=False)
+    assert 1 <= plan.validate_every <= batches
+    assert plan.validate_every % accumulate == 0 or plan.validate_every == batches
+    assert abs(plan.validate_every - batches * (fraction or 0.5)) <= accumulate
+    assert plan.total_steps == 3 * -(-batches // accumulate)
+
+
+def test_step_limit_and_published_validation_intervals():
+    training = TrainingConfig(batch_size=1, effective_batch_size=1, max_steps=30)
+    assert plan_steps(training, 100, 1, is_cc3m=True) == StepPlan(1, 25, 30)
+    assert plan_steps(training, 100, 1, is_cc3m=False) == StepPlan(1, 50, 30)
+
+
+@pytest.mark.parametrize(
+    ("source", "local"),
+    [
+        ("Vision-CAIR/vicuna-7b", False),
+        ("https://host/eva_vit_g.pth", False),
+        ("../weights/eva_vit_g.pth", True),
+        ("/models/vicuna", True),
+        ("weights/eva_vit_g.pth", True),
+        ("./vicuna/7b", True),
+    ],
+)
+def test_local_weight_sources(source, local):
+    assert is_local(source) is local
+
+
+def test_unknown_gpu_or_cpu_with_a_notice(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hardware = choose_hardware(TrainingConfig(devices=(0,)))
+    assert (hardware.gpus, hardware.precision, hardware.device(0).type) == ((), "32-true", "cpu")
+    assert capsys.readouterr().err.count("\n") == 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_hardware(TrainingConfig()).gpus == (0, 1)
+    assert choose_hardware(TrainingConfig(devices=(1,))).precision == "bf16-mixed"
+    with pytest.raises(InputError, match="--gpus: no GPU 2, 5"):
+        choose_hardware(TrainingConfig(devices=(0, 2, 5)))
+
+
+def test_logger_of_an_absent_package_is_an_input_error(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(InputError, match="--loggers wandb: .*pip install wandb"):
+        build_loggers(["csv", "wandb"], tmp_path, "run")
