@@ -10,13 +10,14 @@ STAMP := $(VENV)/.installed-requirements
 # More threads than cores slow the small models down; the workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install test demo lint clean
+.PHONY: help install test demo lint parity-lavis clean
 
 help:
 	@echo "make install  virtual environment in $(VENV) with everything needed"
 	@echo "make test     all tests"
 	@echo "make demo     train, generate and score the tiny model; prints where the report is"
 	@echo "make lint     ruff and mypy"
+	@echo "make parity-lavis  a second environment with LAVIS, compared with our vision parts"
 	@echo "make clean    remove caches and the demo's files"
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=path the environment"
 
@@ -39,6 +40,20 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+LAVIS_VENV ?= .venv-lavis
+LAVIS_OUT ?= outputs/parity-lavis
+SEED ?= 0
+
+$(LAVIS_VENV)/.installed: requirements-lavis.txt
+	@test -x $(LAVIS_VENV)/bin/python || $(PYTHON) -m venv $(LAVIS_VENV)
+	$(LAVIS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lavis.txt
+	$(LAVIS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps salesforce-lavis==1.0.2
+	@touch $@
+
+parity-lavis: install $(LAVIS_VENV)/.installed
+	$(LAVIS_VENV)/bin/python -W ignore tests/parity/lavis_witness.py $(LAVIS_OUT) --seed $(SEED)
+	for size in $(LAVIS_OUT)/*; do $(BIN)/python -m tests.parity $$size || exit 1; done
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache $(DEMO)

@@ -23,7 +23,7 @@ from minigpt5.arguments import parse_arguments, resolve_config  # noqa: E402
 from minigpt5.cli import run_command  # noqa: E402
 from minigpt5.config import RunConfig  # noqa: E402
 
-POLICIES = {"when the model wants": "auto", "always": "force", "never": "never"}
+POLICIES: dict[str, Any] = {"when the model wants": "auto", "always": "force", "never": "never"}
 
 
 def main(argv: Sequence[str]) -> None:

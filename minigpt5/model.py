@@ -5,7 +5,6 @@ P input pictures, L queries a picture, Q conditioning positions, E diffusion wid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,47 +18,14 @@ from minigpt4.errors import InputError
 from minigpt4.tokenizer import LlamaTokenizer
 from minigpt4.weights import KeyReport
 from minigpt5 import images, prompts
+from minigpt5.assembly import Assembled, insert_pictures
 from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, TrainingConfig
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
 from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
 from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
+from minigpt5.losses import Draws, LanguageStates, Losses
 from minigpt5.mapper import FeatureMapper
 from minigpt5.vokens import IGNORE_INDEX, VokenIds, VokenRows, gather_vokens, voken_starts
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Every random draw of one training batch, one entry a wanted picture."""
-
-    drop_R: Tensor
-    """Whether the picture's conditioning is replaced by zeros (classifier-free guidance)."""
-    diffusion: DiffusionDraws
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Loss terms of one batch, each a scalar mean. ``caption`` is None where no caption loss is taken."""
-
-    total: Tensor
-    text: Tensor
-    image: Tensor
-    caption: Tensor | None
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """Return the terms under their published log names."""
-        terms = {"loss": self.total, "text_loss": self.text, "image_loss": self.image}
-        return terms if self.caption is None else {**terms, "caption_loss": self.caption}
-
-
-@dataclass(frozen=True)
-class LanguageStates:
-    """What the language model makes of a batch."""
-
-    embeds_BTH: Tensor
-    mask_BT: Tensor
-    labels_BT: Tensor
-    hidden_BTH: Tensor
-    """Last hidden states, behind the final norm."""
 
 
 class MiniGPT5(nn.Module):
@@ -187,7 +153,7 @@ class MiniGPT5(nn.Module):
         """
         states = self.language_states(batch)
         text = self.text_loss(states)
-        starts_R2 = voken_starts(states.labels_BT, self.voken_ids)
+        starts_R2 = voken_starts(states.prompt.labels_BT, self.voken_ids)
         captions = self._captions_of(batch, starts_R2)
         if len(starts_R2) == 0:
             zero = text.new_zeros(())
@@ -212,53 +178,27 @@ class MiniGPT5(nn.Module):
         if features_PLH is None and batch.input_pixels_P3HW is not None:
             dtype = self.backbone.projection.weight.dtype
             features_PLH = self.backbone.encode_images(batch.input_pixels_P3HW.to(dtype))
-        embeds_BTH, mask_BT, labels_BT = self.assemble(
-            batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT, features_PLH
-        )
+        prompt = self.assemble(batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT, features_PLH)
         hidden_BTH = self.backbone.language_model.model(
-            inputs_embeds=embeds_BTH.to(self._language_dtype), attention_mask=mask_BT, use_cache=False
+            inputs_embeds=prompt.embeds_BTH.to(self._language_dtype),
+            attention_mask=prompt.mask_BT,
+            use_cache=False,
         ).last_hidden_state
-        return LanguageStates(embeds_BTH, mask_BT, labels_BT, hidden_BTH)
+        return LanguageStates(prompt, hidden_BTH)
 
     def assemble(
         self, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, features_PLH: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put a beginning-of-sequence token first and each picture's states in place of its placeholder.
-
-        Text padding keeps its embedding with mask 0; samples that have fewer pictures than the longest are
-        padded with zeros behind that, as published.
-
-        Returns:
-            Embeddings ``[B, T', H]``, mask and labels ``[B, T']``.
-        """
+    ) -> Assembled:
+        """Embed text, put a beginning-of-sequence token first and pictures in place of their placeholders."""
         ids_BT = F.pad(ids_BT, (1, 0), value=self.tokenizer.bos_id)
-        mask_BT = F.pad(mask_BT, (1, 0), value=1)
-        labels_BT = F.pad(labels_BT, (1, 0), value=IGNORE_INDEX)
-        text_BTH = self.embed(ids_BT)
-        is_picture_BT = ids_BT == self.voken_ids.picture
-        num_queries = self.config.backbone.qformer.num_queries
-        width_BT = torch.where(is_picture_BT, num_queries, 1)
-        starts_BT = width_BT.cumsum(1) - width_BT
-        length = int(width_BT.sum(1).max())
-        rows_BT = torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand_as(ids_BT)
-        text_rows, text_columns = rows_BT[~is_picture_BT], starts_BT[~is_picture_BT]
-        embeds = text_BTH.new_zeros(len(ids_BT), length, text_BTH.shape[2])
-        mask = mask_BT.new_zeros(len(ids_BT), length)
-        labels = labels_BT.new_full((len(ids_BT), length), IGNORE_INDEX)
-        embeds = embeds.index_put((text_rows, text_columns), text_BTH[~is_picture_BT])
-        mask[text_rows, text_columns] = mask_BT[~is_picture_BT]
-        labels[text_rows, text_columns] = labels_BT[~is_picture_BT]
-        count = int(is_picture_BT.sum())
-        if count:
-            given = 0 if features_PLH is None else len(features_PLH)
-            assert given == count, f"{count} picture placeholders but {given} pictures"
-            assert features_PLH is not None
-            offsets_L = torch.arange(num_queries, device=ids_BT.device)
-            rows_PL = rows_BT[is_picture_BT][:, None].expand(-1, num_queries)
-            columns_PL = starts_BT[is_picture_BT][:, None] + offsets_L
-            embeds = embeds.index_put((rows_PL, columns_PL), features_PLH.to(embeds.dtype))
-            mask[rows_PL, columns_PL] = 1
-        return embeds, mask, labels
+        return insert_pictures(
+            self.embed(ids_BT),
+            F.pad(mask_BT, (1, 0), value=1),
+            F.pad(labels_BT, (1, 0), value=IGNORE_INDEX),
+            is_picture_BT=ids_BT == self.voken_ids.picture,
+            features_PLH=features_PLH,
+            num_queries=self.config.backbone.qformer.num_queries,
+        )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Embed token ids, new tokens included."""
@@ -270,7 +210,7 @@ class MiniGPT5(nn.Module):
 
     def text_loss(self, states: LanguageStates) -> Tensor:
         """Mean cross-entropy over labelled positions (paper equation 4); logits are taken only there."""
-        targets_BT = states.labels_BT[:, 1:]
+        targets_BT = states.prompt.labels_BT[:, 1:]
         labelled_BT = targets_BT != IGNORE_INDEX
         logits_XV = self.logits(states.hidden_BTH[:, :-1][labelled_BT])
         if len(logits_XV) == 0:
@@ -384,7 +324,7 @@ class MiniGPT5(nn.Module):
             features_PLH = self.backbone.encode_images(pixels.to(self.device, self._language_dtype))
         ids_1T = torch.tensor([self.tokenizer.encode(request.text)], dtype=torch.long, device=self.device)
         unlabelled = torch.full_like(ids_1T, IGNORE_INDEX)
-        return self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH)[0][0]
+        return self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH).embeds_BTH[0]
 
     @torch.no_grad()
     def render(self, vokens_RNH: Tensor, seeds: Sequence[int], config: GenerationConfig) -> list[Image.Image]:

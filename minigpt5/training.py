@@ -14,7 +14,8 @@ from minigpt5.checkpoint import FORMAT_KEY, checkpoint_mark, trainable_state
 from minigpt5.config import TrainingConfig
 from minigpt5.data.types import Batch
 from minigpt5.generation import sample_seed
-from minigpt5.model import Losses, MiniGPT5
+from minigpt5.losses import Losses
+from minigpt5.model import MiniGPT5
 
 
 class TrainingModule(LightningModule):

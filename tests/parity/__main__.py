@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.parity.data import compare_data
-from tests.parity.vision import compare_lavis
 from tests.parity.metrics import compare_metrics
 from tests.parity.model import compare_model
 from tests.parity.rows import Row
+from tests.parity.vision import compare_lavis
 
 # Part of the layout → the file that shows it is there, and what compares it.
 PARTS: dict[str, tuple[str, Callable[[Path], list[Row]]]] = {

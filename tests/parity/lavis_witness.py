@@ -100,7 +100,9 @@ def write_witness(folder: Path, size: Size, seed: int) -> None:
     embeds, output = model(images)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    vision = {key.removeprefix("visual_encoder."): value for key, value in state.items() if "visual_encoder" in key}
+    vision = {
+        key.removeprefix("visual_encoder."): value for key, value in state.items() if "visual_encoder" in key
+    }
     torch.save(vision, folder / "eva_vit.pth")
     rest = {key: value for key, value in state.items() if "visual_encoder" not in key}
     torch.save({"model": rest}, folder / "blip2_qformer.pth")

@@ -33,7 +33,8 @@ from minigpt5.config import (
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Sample, Task
 from minigpt5.diffusion import DiffusionDraws, load_clip_tokenizer
 from minigpt5.images import input_transform
-from minigpt5.model import Draws, Losses, MiniGPT5, build_model
+from minigpt5.losses import Draws, Losses
+from minigpt5.model import MiniGPT5, build_model
 from minigpt5.vokens import gather_vokens, voken_starts, voken_tokens
 from tests.parity.rows import Row, compare_exact, compare_tensor
 
@@ -271,13 +272,13 @@ def _forward(fixture: StageFixture) -> Iterator[Row]:
     queries = model.config.backbone.qformer.num_queries
     for row, (length, count) in enumerate(zip(lengths, batch.input_counts, strict=True)):
         end = length + count * (queries - 1)
-        yield from fixture.tensor(f"main.wrapped_embeds.{row}", states.embeds_BTH[row : row + 1, :end])
-        yield from fixture.tensor(f"main.wrapped_atts.{row}", states.mask_BT[row : row + 1, :end], 0.0)
-        yield from fixture.tensor(f"main.wrapped_labels.{row}", states.labels_BT[row : row + 1, :end], 0.0)
-    yield from fixture.tensor("main.padded_attention_mask", states.mask_BT, 0.0)
-    yield from fixture.tensor("main.padded_labels", states.labels_BT, 0.0)
+        yield from fixture.tensor(f"main.wrapped_embeds.{row}", states.prompt.embeds_BTH[row : row + 1, :end])
+        yield from fixture.tensor(f"main.wrapped_atts.{row}", states.prompt.mask_BT[row : row + 1, :end], 0.0)
+        yield from fixture.tensor(f"main.wrapped_labels.{row}", states.prompt.labels_BT[row : row + 1, :end], 0.0)
+    yield from fixture.tensor("main.padded_attention_mask", states.prompt.mask_BT, 0.0)
+    yield from fixture.tensor("main.padded_labels", states.prompt.labels_BT, 0.0)
     yield from fixture.tensor("main.last_hidden_state", states.hidden_BTH)
-    starts = voken_starts(states.labels_BT, model.voken_ids)
+    starts = voken_starts(states.prompt.labels_BT, model.voken_ids)
     yield from fixture.tensor("main.output_token_index", starts, 0.0)
     vokens = gather_vokens(states.hidden_BTH, starts, model.voken_ids.count)
     yield from fixture.tensor("main.fc_in", vokens)
@@ -293,7 +294,7 @@ def _forward(fixture: StageFixture) -> Iterator[Row]:
     yield from fixture.tensor("main.vae_eps", seeded.posterior_RCHW, 0.0)
     yield from fixture.tensor("main.noise", seeded.noise_RCHW, 0.0)
     yield from fixture.tensor("main.timesteps", seeded.timesteps_R, 0.0)
-    text_only = voken_starts(model.language_states(fixture.text_only).labels_BT, model.voken_ids)
+    text_only = voken_starts(model.language_states(fixture.text_only).prompt.labels_BT, model.voken_ids)
     yield from fixture.tensor("text_only_c.output_token_index", text_only, 0.0)
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.vision import compare_lavis
 from tests.parity.model import compare_model
+from tests.parity.vision import compare_lavis
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minigpt5.config import LossConfig, Stage
-from minigpt5.model import Losses, MiniGPT5, build_model
+from minigpt5.losses import Losses
+from minigpt5.model import MiniGPT5, build_model
 from tests.parity.model import StageFixture, model_config
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
