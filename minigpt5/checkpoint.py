@@ -1,11 +1,9 @@
-"""Checkpoints of the trainable parts: our own layout, the published one of both stages, and between them.
+"""Checkpoints of the trainable parts: finding, reading, loading and converting them.
 
-A published stage-1 file holds the whole embedding and output matrices (weight decay drifted their frozen rows,
-so they are restored whole), the mapper and its queries. A stage-2 file holds the matrices under peft's
-``modules_to_save`` names, LoRA and the mapper's transformer, and is loaded on top of stage 1.
-
-Ours holds the trainable parameters under the model's own names, either in the ``state_dict`` of a Lightning
-checkpoint or as a folder of ``trainable.safetensors`` and ``checkpoint.json``.
+Two layouts are read: the published one and ours, which holds the trainable parameters under the model's own names,
+either in the ``state_dict`` of a Lightning checkpoint or as a folder of ``trainable.safetensors`` and
+``checkpoint.json``. Stage-2 weights are loaded on top of stage-1 weights. Where a published file holds the
+language model's own rows, they are restored whole: the published training drifted them.
 """
 
 import argparse
@@ -14,7 +12,6 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from minigpt4.errors import InputError
 from minigpt4.weights import KeyReport, State, folder_tensors, raise_for_keys, read_state, read_torch_file
+from minigpt5.checkpoint_layouts import BASE, Checkpoint, from_published, published_stage, to_published
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, PathsConfig, Stage
 from minigpt5.model import MiniGPT5
@@ -33,30 +31,7 @@ META_FILE = "checkpoint.json"
 FORMAT_KEY = "minigpt5"
 """Top-level entry that marks a Lightning checkpoint as ours and names its stage."""
 
-BASE = {"rows.embedding": "base.embedding", "rows.head": "base.head"}
-"""New rows → the frozen rows above them, where a file holds whole matrices."""
-
-_LLAMA = {Stage.ALIGNMENT: "model.llama_model.", Stage.MULTIMODAL: "model.llama_model.base_model.model."}
-_SAVED = {Stage.ALIGNMENT: "", Stage.MULTIMODAL: "modules_to_save.default."}
-_MAPPER = {"mapper.transformer.": "llm_to_t2i_mapping.", "mapper.mlp.": "fc."}
-_QUERIES = {"mapper.queries": "t2i_decoder_prompt"}
-_LORA = "backbone.language_model."
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's tensors under the model's own names, whatever layout it was read from."""
-
-    path: str
-    stage: Stage
-    layout: str
-    """``published`` or ``ours``."""
-    tensors: State
-    """Trainable parameters, and ``base.*`` where the file holds the frozen rows too."""
-    meta: Mapping[str, Any]
-    """The file's plain top-level values (epoch, hyper-parameters …)."""
 
 
 # ---- finding and reading ----------------------------------------------------------------------------------
@@ -100,8 +75,8 @@ def read_checkpoint(path: Path, new_tokens: int, flag: str = "checkpoint") -> Ch
     meta = {key: value for key, value in content.items() if key != "state_dict"}
     if FORMAT_KEY in content:
         return Checkpoint(str(path), Stage(content[FORMAT_KEY]["stage"]), "ours", state, meta)
-    stage = _published_stage(state, path, flag)
-    return Checkpoint(str(path), stage, "published", _from_published(state, stage, new_tokens, path), meta)
+    stage = published_stage(state, path, flag)
+    return Checkpoint(str(path), stage, "published", from_published(state, stage, new_tokens, path), meta)
 
 
 def _read_folder(folder: Path, flag: str) -> Checkpoint:
@@ -110,103 +85,6 @@ def _read_folder(folder: Path, flag: str) -> Checkpoint:
     meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     tensors = read_state(folder / TENSOR_FILE, flag)
     return Checkpoint(str(folder), Stage(meta["stage"]), "ours", tensors, meta.get("meta", {}))
-
-
-def _published_stage(state: State, path: Path, flag: str) -> Stage:
-    if any("modules_to_save" in key or "lora_" in key for key in state):
-        return Stage.MULTIMODAL
-    if "t2i_decoder_prompt" in state:
-        return Stage.ALIGNMENT
-    keys = ", ".join(list(state)[:4])
-    raise InputError(f"{flag}: {path}: is no MiniGPT-5 checkpoint (its keys begin {keys})")
-
-
-# ---- published names ---------------------------------------------------------------------------------------
-
-
-def _matrix_names(stage: Stage) -> dict[str, str]:
-    llama, saved = _LLAMA[stage], _SAVED[stage]
-    return {
-        "rows.embedding": f"{llama}model.embed_tokens.{saved}weight",
-        "rows.head": f"{llama}lm_head.{saved}weight",
-    }
-
-
-def _from_published(state: State, stage: Stage, new_tokens: int, path: Path) -> State:
-    found: State = {}
-    matrices = {name: ours for ours, name in _matrix_names(stage).items()}
-    unexpected = []
-    for key, tensor in state.items():
-        if key in matrices:
-            rows = matrices[key]
-            found[BASE[rows]] = tensor[:-new_tokens]
-            found[rows] = tensor[-new_tokens:]
-        elif (ours := _own_name(key, stage)) is not None:
-            found[ours] = tensor
-        else:
-            unexpected.append(key)
-    missing = [name for name, ours in matrices.items() if ours not in found]
-    raise_for_keys(str(path), f"a published {stage} checkpoint", missing, unexpected)
-    return found
-
-
-def _own_name(key: str, stage: Stage) -> str | None:
-    for ours, published in _QUERIES.items():
-        if key == published:
-            return ours
-    for ours, published in _MAPPER.items():
-        if key.startswith(published):
-            return ours + key.removeprefix(published)
-    llama = _LLAMA[stage]
-    if stage is Stage.MULTIMODAL and key.startswith(llama) and "lora_" in key:
-        return _LORA + key.removeprefix(llama)
-    return None
-
-
-def to_published(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the content of a published Lightning file.
-
-    Args:
-        checkpoint: what to write.
-        base: ``base.embedding`` and ``base.head``, for a checkpoint that does not hold the frozen rows.
-
-    Raises:
-        InputError: the frozen rows are in neither.
-    """
-    base = {**base, **{key: value for key, value in checkpoint.tensors.items() if key in BASE.values()}}
-    missing = sorted(set(BASE.values()) - base.keys())
-    if missing:
-        raise InputError(
-            f"{checkpoint.path}: does not hold the language model's own rows, which a published file does; "
-            "give --language_model FOLDER or --stage1 FILE"
-        )
-    matrices = _matrix_names(checkpoint.stage)
-    state: State = {}
-    for key, tensor in checkpoint.tensors.items():
-        if key in matrices:
-            state[matrices[key]] = torch.cat([base[BASE[key]].to(tensor.dtype), tensor])
-        elif key not in BASE.values():
-            state[find_published_name(key, checkpoint.stage)] = tensor
-    plain = {
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": "2.0.0",
-        "loops": {},
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "hparams_name": "kwargs",
-        "hyper_parameters": {},
-    }
-    return {**plain, **{key: checkpoint.meta[key] for key in plain if key in checkpoint.meta}, "state_dict": state}
-
-
-def find_published_name(key: str, stage: Stage) -> str:
-    """Return the published name of one of our parameters (not of the new rows, which share a matrix)."""
-    for ours, published in {**_MAPPER, _LORA: _LLAMA[stage]}.items():
-        if key.startswith(ours):
-            return published + key.removeprefix(ours)
-    return _QUERIES[key]
 
 
 # ---- model -------------------------------------------------------------------------------------------------
@@ -344,6 +222,20 @@ def convert(
     return checkpoint
 
 
+def strip(source: Path, target: Path, new_tokens: int) -> Checkpoint:
+    """Write one of our own Lightning checkpoints with its weights alone: no optimizer state, no paths.
+
+    Raises:
+        InputError: unreadable source, or one in the published layout (``convert`` is for those).
+    """
+    checkpoint = read_checkpoint(source, new_tokens)
+    if checkpoint.layout != "ours":
+        raise InputError(f"{source}: is in the published layout; use convert --to ours")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": checkpoint.tensors, FORMAT_KEY: checkpoint_mark(checkpoint.stage)}, target)
+    return checkpoint
+
+
 def _base_rows(folder: Path | None, stage1: Path | None, new_tokens: int, checkpoint: Checkpoint) -> State:
     if stage1 is not None:
         tensors = read_checkpoint(stage1, new_tokens, "--stage1").tensors
@@ -358,7 +250,7 @@ def _base_rows(folder: Path | None, stage1: Path | None, new_tokens: int, checkp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: ``convert`` and ``show``."""
+    """Look into checkpoints, convert them between the layouts, strip training state off them."""
     parser = argparse.ArgumentParser(prog="python -m minigpt5.checkpoint", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what a checkpoint holds")
@@ -369,12 +261,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     conversion.add_argument("--to", choices=("ours", "published"), required=True)
     conversion.add_argument("--language_model", type=Path, help="LLaMA folder that holds the frozen rows")
     conversion.add_argument("--stage1", type=Path, help="stage-1 checkpoint that holds the frozen rows")
-    for command in (show, conversion):
+    stripping = commands.add_parser("strip", help="weights of a Lightning checkpoint alone")
+    stripping.add_argument("source", type=Path)
+    stripping.add_argument("target", type=Path)
+    for command in (show, conversion, stripping):
         command.add_argument("--vokens", type=int, default=8, help="vokens a picture (default 8)")
     arguments = parser.parse_args(argv)
     new_tokens = arguments.vokens + 1
     if arguments.command == "show":
         checkpoint = read_checkpoint(arguments.source, new_tokens)
+    elif arguments.command == "strip":
+        checkpoint = strip(arguments.source, arguments.target, new_tokens)
     else:
         checkpoint = convert(
             arguments.source,

@@ -20,6 +20,8 @@ from minigpt4.errors import InputError
 PREDICTIONS_FILE = "predictions.jsonl"
 RUN_FILE = "run.json"
 IMAGE_FOLDER = "images"
+LEFT_OUT_FILE = "left_out.jsonl"
+"""Records of the test file that could not be used, one JSON line each; absent if there were none."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,12 @@ def read_predictions(folder: Path) -> list[Prediction]:
                 raise InputError(f"{path}:{number}: not a prediction: {error}") from None
             found.setdefault(prediction.id, prediction)
     return list(found.values())
+
+
+def count_left_out(folder: Path) -> int:
+    """Return how many records of the test file were left out of a store's run."""
+    path = folder / LEFT_OUT_FILE
+    return path.read_text(encoding="utf-8").count("\n") if path.is_file() else 0
 
 
 def file_stem(sample_id: str) -> str:

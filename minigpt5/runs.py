@@ -25,11 +25,12 @@ from minigpt5.callbacks import LastCheckpoint, SamplePictures, plain_name, publi
 from minigpt5.checkpoint import FORMAT_KEY, find_checkpoint, load_checkpoint
 from minigpt5.config import DatasetName, RunConfig, Stage, TrainingConfig
 from minigpt5.data.module import DataModule
+from minigpt5.data.readers import write_problems
 from minigpt5.data.types import Split
 from minigpt5.hardware import Hardware, choose_hardware
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run, predict_samples
-from minigpt5.predictions import PredictionStore, run_folder
+from minigpt5.predictions import LEFT_OUT_FILE, PredictionStore, run_folder
 from minigpt5.preflight import check_model, check_run
 from minigpt5.training import TrainingModule, recompute_activations
 
@@ -74,6 +75,11 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     trainer = build_trainer(config, hardware, plan, is_cc3m, [*callbacks, best, LastCheckpoint(last)])
     if trainer.is_global_zero:
         print(describe_size(model), file=sys.stderr)
+        for split in (Split.TRAIN, Split.VALIDATION):
+            report = (
+                checkpoint_folder(config) / "logs" / plain_name(config.model_save_name) / f"left_out_{split}.jsonl"
+            )
+            write_problems(data.index(split).problems, report)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     target = checkpoint_folder(config) / f"{plain_name(config.model_save_name)}.ckpt"
     if trainer.is_global_zero:
@@ -260,6 +266,8 @@ def _predict_share(
     assert config.data.test is not None
     run = describe_run(config, dataset, config.data.folder / config.data.test, _checkpoints(config))
     store = PredictionStore(folder, run, rank)
+    if rank == 0:
+        write_problems(index.problems, folder / LEFT_OUT_FILE)
     samples = [index[number] for number in range(rank, len(index), world)]
     predict_samples(model, samples, store, config.generation, dataset)
 

@@ -65,7 +65,7 @@ class TrainingModule(LightningModule):
                 value.detach(),
                 on_step=prefix == "train",
                 on_epoch=True,
-                prog_bar=name == "loss",
+                prog_bar=True,
                 # Every process has the same terms: within a data set all samples have a caption, or none has.
                 sync_dist=True,
                 batch_size=batch_size,

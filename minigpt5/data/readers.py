@@ -152,8 +152,12 @@ def report_problems(path: Path, usable: int, problems: Sequence[Problem]) -> Non
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
-    """Write every record left out as JSON lines."""
+    """Write every record left out as a JSON line; with none, an earlier run's file is removed."""
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
     lines = [json.dumps({"source": p.source, "reason": p.reason}, ensure_ascii=False) for p in problems]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from minigpt5.metrics.catalogue import explain
 from minigpt5.metrics.relevance import show_vokens
 from minigpt5.metrics.scores import Coverage, SampleValues, Scores
-from minigpt5.predictions import Prediction
+from minigpt5.predictions import LEFT_OUT_FILE, Prediction, count_left_out
 
 RESULTS_FILE = "results.json"
 PUBLISHED_FILE = "results_dict.json"
@@ -52,10 +52,11 @@ article h3 { font-size: 14px; margin: 0 0 10px; } article h3 span { font-weight:
 
 def write_report(folder: Path, predictions: Sequence[Prediction], scores: Scores) -> Path:
     """Write the three files into the prediction store and return the report's path."""
-    _write_json(folder / RESULTS_FILE, describe_scores(predictions, scores))
+    left_out = count_left_out(folder)
+    _write_json(folder / RESULTS_FILE, describe_scores(predictions, scores) | {"records_left_out": left_out})
     _write_json(folder / PUBLISHED_FILE, scores.published)
     path = folder / REPORT_FILE
-    path.write_text(render_report(folder.name, predictions, scores), encoding="utf-8")
+    path.write_text(render_report(folder.name, predictions, scores, left_out), encoding="utf-8")
     return path
 
 
@@ -87,11 +88,23 @@ def describe_scores(predictions: Sequence[Prediction], scores: Scores) -> dict[s
     }
 
 
-def render_report(title: str, predictions: Sequence[Prediction], scores: Scores) -> str:
-    """Return the report as one HTML page; pictures are links relative to the prediction store."""
+def render_report(title: str, predictions: Sequence[Prediction], scores: Scores, left_out: int = 0) -> str:
+    """Return the report as one HTML page; pictures are links relative to the prediction store.
+
+    Args:
+        title: heading.
+        predictions: what was scored.
+        scores: the scores.
+        left_out: records of the test file that could not be used and have no prediction.
+    """
     shown = list(zip(predictions, scores.samples, strict=True))[:GALLERY_SIZE]
     more = f"The first {len(shown)} of {len(predictions)}." if len(shown) < len(predictions) else ""
     notes = "".join(f'<p class="warn">{escape(note)}</p>' for note in scores.notes)
+    if left_out:
+        notes += (
+            f'<p class="warn">{left_out} records of the test file could not be used and are in no score: '
+            f'<a href="{LEFT_OUT_FILE}">{LEFT_OUT_FILE}</a></p>'
+        )
     heading = f"{escape(title)}: {escape(scores.dataset)} scores"
     gallery = "".join(_article(prediction, values) for prediction, values in shown)
     return (

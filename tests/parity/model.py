@@ -20,7 +20,8 @@ from transformers import get_linear_schedule_with_warmup
 from minigpt4.config import BackboneConfig, LanguageModelConfig, QFormerConfig, VisionConfig
 from minigpt4.language_model import load_tokenizer
 from minigpt4.weights import read_state
-from minigpt5.checkpoint import find_published_name, load_checkpoint, read_checkpoint, to_published
+from minigpt5.checkpoint import load_checkpoint, read_checkpoint
+from minigpt5.checkpoint_layouts import find_published_name, to_published
 from minigpt5.config import (
     DiffusionConfig,
     GenerationConfig,

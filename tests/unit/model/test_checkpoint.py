@@ -84,6 +84,18 @@ def test_own_lightning_file_round_trips(tmp_path):
     assert torch.equal(other.mapper.queries, model.mapper.queries)
 
 
+def test_stripping_keeps_the_weights_alone(tmp_path):
+    model = build(Stage.ALIGNMENT)
+    content = {"state_dict": trainable_state(model), FORMAT_KEY: checkpoint_mark(Stage.ALIGNMENT)}
+    torch.save({**content, "optimizer_states": [1], "hyper_parameters": {"path": "/home"}}, tmp_path / "own.ckpt")
+    main(["strip", str(tmp_path / "own.ckpt"), str(tmp_path / "small.ckpt")])
+    stripped = torch.load(tmp_path / "small.ckpt", weights_only=True)
+    assert stripped.keys() == {"state_dict", FORMAT_KEY}
+    load_checkpoint(build(Stage.ALIGNMENT), tmp_path / "small.ckpt", Stage.ALIGNMENT, "--test_weight")
+    with pytest.raises(InputError, match="convert --to ours"):
+        main(["strip", str(FIXTURE / "stage1.ckpt"), str(tmp_path / "x.ckpt")])
+
+
 def test_drifted_frozen_rows_are_restored_whole(tmp_path):
     content = torch.load(FIXTURE / "stage1.ckpt", weights_only=True)
     key = "model.llama_model.model.embed_tokens.weight"

@@ -1,0 +1,1 @@
+"""Training of the tiny world's foundation models from scratch, in resumable parts."""

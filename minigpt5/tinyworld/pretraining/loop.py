@@ -1,0 +1,212 @@
+"""The loop that every part is trained by: AdamW, warm-up and cosine decay, average of weights, resuming.
+
+Each step draws all it needs from (seed, part, step), so a run that was killed goes on as if it had not been.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minigpt4.errors import InputError
+from minigpt4.weights import read_torch_file
+from minigpt5.generation import sample_seed
+
+STATES = "pretraining"
+"""Folder of the checkpoints, below the weights."""
+LossOf = Callable[[torch.Generator], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a part is trained."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    final_rate: float = 0.02
+    """Learning rate of the last step, relative to the highest."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    """Highest decay of the average of weights; it grows towards it as (1 + step) / (10 + step)."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+        return self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * falling)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a part runs.
+
+    Attributes:
+        folder: the weights folder.
+        seed: decides every draw.
+        device: where the models are.
+        save_seconds: time between checkpoints.
+        row: line of the progress bar, where several parts run at once.
+    """
+
+    folder: Path
+    seed: int
+    device: torch.device
+    save_seconds: float = 60.0
+    row: int = 0
+
+    def state_path(self, part: str) -> Path:
+        """Return the checkpoint of a part."""
+        return self.folder / STATES / f"{part}.pt"
+
+    def record_path(self, part: str) -> Path:
+        """Return the file that says that a part is done, and how."""
+        return self.folder / STATES / f"{part}.json"
+
+
+def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: Place) -> dict[str, float]:
+    """Train ``module`` in place; it ends with the average of its weights.
+
+    Modules stay in eval mode: no part uses dropout, whose draws could not be repeated.
+
+    Args:
+        part: names checkpoint and progress bar.
+        module: its parameters that require gradients are trained.
+        loss_of: a step's random source → named losses; ``loss`` is minimised.
+        recipe: how.
+        place: where.
+
+    Returns:
+        Mean of each loss over the last tenth of the steps, and the seconds of all runs together.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another recipe.
+        FloatingPointError: the loss is no number.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    average = EMAModel(parameters, decay=recipe.ema_decay)
+    run = _Run(part, module, optimizer, average, recipe, place)
+    run.resume()
+    module.eval()
+    bar = tqdm(total=recipe.steps, initial=run.step, desc=part, position=place.row, mininterval=1.0)
+    started = saved = time.monotonic()
+    already = run.seconds
+    while run.step < recipe.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(run.step)
+        generator = torch.Generator().manual_seed(sample_seed(place.seed, part, run.step))
+        losses = loss_of(generator)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        average.step(parameters)
+        run.record({name: float(value.detach()) for name, value in losses.items()})
+        bar.update()
+        bar.set_postfix({name: f"{value:.4f}" for name, value in run.recent.items()}, refresh=False)
+        now = time.monotonic()
+        run.seconds = already + now - started
+        if now - saved >= place.save_seconds:
+            run.save()
+            saved = now
+    bar.close()
+    run.save()
+    average.copy_to(parameters)
+    return {**run.recent, "seconds": run.seconds}
+
+
+def write_record(place: Place, part: str, values: Mapping[str, object]) -> None:
+    """Say that a part is done."""
+    _replace(place.record_path(part), (json.dumps(dict(values), indent=1) + "\n").encode())
+
+
+def is_done(place: Place, part: str) -> bool:
+    """Whether a part has been trained to its end and exported."""
+    return place.record_path(part).is_file()
+
+
+class _Run:
+    """What a checkpoint holds: step, weights, average, optimizer, smoothed losses, seconds."""
+
+    def __init__(
+        self,
+        part: str,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: EMAModel,
+        recipe: Recipe,
+        place: Place,
+    ) -> None:
+        self.path = place.state_path(part)
+        self.module, self.optimizer, self.average = module, optimizer, average
+        # Plain numbers decide what a step does; more steps may be asked of a finished run.
+        self.settings = {**asdict(recipe), "seed": place.seed}
+        self.step = 0
+        self.seconds = 0.0
+        self.recent: dict[str, float] = {}
+
+    def record(self, losses: Mapping[str, float]) -> None:
+        """Count a step and smooth its losses."""
+        weight = 1 / min(self.step + 1, 100)
+        self.step += 1
+        self.recent = {
+            name: self.recent.get(name, value) * (1 - weight) + value * weight for name, value in losses.items()
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill while writing leaves the last one whole."""
+        content = {
+            "settings": self.settings,
+            "step": self.step,
+            "seconds": self.seconds,
+            "recent": self.recent,
+            "model": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.path.with_suffix(".new")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, self.path)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not self.path.is_file():
+            return
+        content = read_torch_file(self.path, "--out")
+        settings = content.get("settings", {})
+        others = [
+            f"{name} {settings.get(name)} (now {value})"
+            for name, value in self.settings.items()
+            if name != "steps" and settings.get(name) != value
+        ]
+        if others:
+            raise InputError(
+                f"{self.path}: made with other settings: {', '.join(others)}; give another --out or remove it"
+            )
+        try:
+            self.module.load_state_dict(content["model"])
+            self.average.load_state_dict(content["average"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.path}: does not fit ({reason}); give another --out or remove it") from None
+        self.step, self.seconds, self.recent = content["step"], content["seconds"], content["recent"]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
