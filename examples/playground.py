@@ -23,8 +23,8 @@ from minigpt5.arguments import parse_arguments, resolve_config  # noqa: E402
 from minigpt5.cli import run_command  # noqa: E402
 
 STORY = (
-    "there is a small red star in the upper left on the grass .<Img><ImageHere></Img>"
-    "then it moves to the middle .<Img><ImageHere></Img>\n Tell me the next scene with image."
+    "a small green diamond in the upper left on the beach .<Img><ImageHere></Img>"
+    "then it goes to the middle .<Img><ImageHere></Img>\n Tell me the next scene with image."
 )
 STORY_PICTURES = (HERE / "story_0.png", HERE / "story_1.png")
 

@@ -73,12 +73,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW with linear warm-up and decay to zero over the whole run (paper section 4.1)."""
-        optimizer = torch.optim.AdamW(
-            self.model.trainable_groups(self.config),
-            lr=self.config.learning_rate,
-            eps=self.config.adam_epsilon,
-            weight_decay=self.config.weight_decay,
-        )
+        optimizer = build_optimizer(self.model, self.config)
         schedule = get_linear_schedule_with_warmup(
             optimizer,
             num_warmup_steps=self.config.warmup_steps,
@@ -107,6 +102,16 @@ class TrainingModule(LightningModule):
             for name, value in trainable.items():
                 value.copy_(state_dict[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def build_optimizer(model: MiniGPT5, config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW over what trains: the language side, and the mapper at its own rate (paper section 4.1)."""
+    return torch.optim.AdamW(
+        model.trainable_groups(config),
+        lr=config.learning_rate,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def recompute_activations(model: MiniGPT5) -> None:

@@ -1,0 +1,59 @@
+"""Measure the reference path against ours: ``python benchmarks/run.py --suite train --preset mid``.
+
+Prints a table and writes ``benchmarks/results/<date>-<suite>-<preset>-<device>.json``.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+SUITES = ("train", "generate", "load", "data", "metric")
+PRESETS = ("tiny", "mid", "7b")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--preset", choices=PRESETS, default="mid", help="mid is CPU-sized; 7b needs a GPU")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds; medians are reported")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one a core)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    from benchmarks import harness
+
+    torch.set_num_threads(threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.preset == "7b" and device.type == "cpu" and arguments.suite not in ("load", "data", "metric"):
+        sys.exit("error: --preset 7b: needs a GPU; on a CPU take --preset mid")
+    for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
+        module = importlib.import_module(f"benchmarks.{suite}")
+        settings = harness.Settings(
+            suite, arguments.preset, arguments.repeats, arguments.seed, device, threads
+        )
+        if arguments.alone:
+            print(json.dumps(module.measure_alone(settings, arguments.alone)))
+            continue
+        report = module.measure(settings)
+        harness.print_table(report)
+        print(f"  {harness.write_json(report, arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()

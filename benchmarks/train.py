@@ -1,0 +1,144 @@
+"""Training steps: seconds by phase, samples a second, peak memory, and the state the trained rows carry."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks import reference, worlds
+from benchmarks.harness import PhaseClock, Phases, Report, Settings, alternate, assert_close, in_child, peak_bytes
+from minigpt5.config import Stage, TrainingConfig
+from minigpt5.data.types import Batch
+from minigpt5.losses import Draws
+from minigpt5.model import MiniGPT5
+from minigpt5.training import build_optimizer
+
+BATCH_SIZE = 4
+MEBIBYTE = 2**20
+STAGES = {"stage1": Stage.ALIGNMENT, "stage2": Stage.MULTIMODAL}
+EQUAL_STEPS = 3
+TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
+"""Of the loss, relative; on a GPU the frozen parts are bfloat16 and sums are ordered differently."""
+
+
+def measure(settings: Settings) -> Report:
+    """Measure both stages, live and with precomputed features."""
+    report = Report(settings)
+    for name, stage in STAGES.items():
+        _measure_stage(report, name, stage)
+    return report
+
+
+def _measure_stage(report: Report, name: str, stage: Stage) -> None:
+    settings = report.settings
+    paths = _Paths(settings, stage)
+    report.equal.append(f"{name}: " + paths.check_equal())
+    medians = alternate({"reference": paths.reference, "live": paths.live, "cached": paths.cached}, settings.repeats)
+    published, live, cached = medians["reference"], medians["live"], medians["cached"]
+    for phase in ("forward", "backward", "optimizer", "total"):
+        report.add(f"{name} {phase}", "s", published[phase], live[phase])
+    rates = {path: BATCH_SIZE / phases["total"] for path, phases in medians.items()}
+    more = {"higher_is_better": True}
+    report.add(f"{name} live", "samples/s", rates["reference"], rates["live"], **more)
+    report.add(f"{name} feature cache", "samples/s", rates["reference"], rates["cached"], **more)
+    report.add(f"{name} cached total", "s", published["total"], cached["total"])
+    rows_reference, rows_ours = paths.row_state()
+    report.add(
+        f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE
+    )
+    peaks = {path: in_child(settings, f"{name}:{path}")["peak"] / MEBIBYTE for path in ("reference", "live", "cached")}
+    report.add(f"{name} peak memory, live", "MiB", peaks["reference"], peaks["live"])
+    report.add(f"{name} peak memory, feature cache", "MiB", peaks["reference"], peaks["cached"])
+
+
+def measure_alone(settings: Settings, path: str) -> dict[str, float]:
+    """Take a few steps of one path and return the peak memory of the process."""
+    name, which = path.split(":")
+    paths = _Paths(settings, STAGES[name], only=which)
+    start = peak_bytes(settings.device)
+    for _ in range(3):
+        getattr(paths, which)()
+    return {"peak": peak_bytes(settings.device), "after_building": start}
+
+
+class _Paths:
+    """The reference's and our training step over the same model and batch."""
+
+    def __init__(self, settings: Settings, stage: Stage, only: str | None = None) -> None:
+        self.settings = settings
+        self.world = worlds.open_world(settings.preset, stage, settings.device, settings.seed)
+        self.model = self.world.model
+        # The adapter's dropout would draw different masks in the two paths.
+        self.model.eval()
+        self.training = TrainingConfig(warmup_steps=0)
+        self.batch = worlds.training_batch(self.world, BATCH_SIZE, settings.seed)
+        self.features = worlds.with_features(self.world, self.batch)
+        self.draws = self.model.draw(self.batch, seed=settings.seed, epoch=0, training=True)
+        self.optimizer = build_optimizer(self.model, self.training)
+        if only in (None, "reference"):
+            self.published = reference.ReferenceModel(self.model)
+            factor = self.training.mapper_learning_rate_factor if stage is Stage.ALIGNMENT else 1.0
+            self.published_optimizer = self.published.optimizer(self.training, factor)
+
+    def check_equal(self) -> str:
+        """Compare losses over a few optimizer steps, live and cached, and the trained rows after them."""
+        theirs, ours = [], []
+        for _ in range(EQUAL_STEPS):
+            loss, _ = self._published_step()
+            with torch.no_grad():
+                cached = float(self.model(self.features, self.draws).total)
+            live, _ = _step(self.model, self.batch, self.draws, self.optimizer, self.settings.device)
+            theirs += [loss, loss]
+            ours += [live, cached]
+        tolerance = TOLERANCE[self.settings.device.type]
+        line = assert_close(f"losses of {EQUAL_STEPS} steps", theirs, ours, tolerance)
+        for whole, rows in ((self.published.embedding, self.model.rows.embedding), (self.published.head, self.model.rows.head)):
+            torch.testing.assert_close(whole[-len(rows) :].detach(), rows.detach(), rtol=1e-2, atol=2e-5)
+        return f"{line}, and the trained rows after them"
+
+    def reference(self) -> Phases:
+        return self._published_step()[1]
+
+    def live(self) -> Phases:
+        return _step(self.model, self.batch, self.draws, self.optimizer, self.settings.device)[1]
+
+    def cached(self) -> Phases:
+        return _step(self.model, self.features, self.draws, self.optimizer, self.settings.device)[1]
+
+    def row_state(self) -> tuple[int, int]:
+        """Return the bytes of gradients, moments and masks that the new rows cost, in the reference and here."""
+        matrices = (self.published.embedding, self.published.head)
+        masks = (self.published.embedding_mask, self.published.head_mask)
+        theirs = _state_bytes(self.published_optimizer, matrices) + sum(mask.nbytes for mask in masks)
+        return theirs, _state_bytes(self.optimizer, (self.model.rows.embedding, self.model.rows.head))
+
+    def _published_step(self) -> tuple[float, Phases]:
+        return reference.training_step(
+            self.published, self.batch, self.draws, self.published_optimizer, self.settings.device
+        )
+
+
+def _step(
+    model: MiniGPT5, batch: Batch, draws: Draws, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[float, Phases]:
+    clock = PhaseClock(device)
+    loss = model(batch, draws).total
+    clock.lap("forward")
+    loss.backward()
+    clock.lap("backward")
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("optimizer")
+    return float(loss.detach()), clock.phases
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, parameters: tuple[Tensor, ...]) -> int:
+    """Return gradient and moments of parameters, in bytes."""
+    moments = sum(
+        value.nbytes
+        for parameter in parameters
+        for value in optimizer.state[parameter].values()
+        if isinstance(value, Tensor) and value.ndim
+    )
+    return moments + sum(parameter.nbytes for parameter in parameters)
