@@ -8,7 +8,6 @@ language model's own rows, they are restored whole: the published training drift
 
 import argparse
 import json
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,6 @@ META_FILE = "checkpoint.json"
 FORMAT_KEY = "minigpt5"
 """Top-level entry that marks a Lightning checkpoint as ours and names its stage."""
 
-_log = logging.getLogger(__name__)
-
 
 # ---- finding and reading ----------------------------------------------------------------------------------
 
@@ -49,7 +46,6 @@ def find_checkpoint(name: Path, paths: PathsConfig, flag: str) -> Path:
         if candidate.exists():
             return candidate
     if bundled is not None and bundled.exists():
-        _log.warning("%s %s is not in %s; using the one bundled with the preset", flag, name, paths.weights)
         return bundled
     places = ", ".join(
         dict.fromkeys(str(candidate.parent) for candidate in [*candidates, *filter(None, [bundled])])

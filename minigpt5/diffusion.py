@@ -143,11 +143,17 @@ class StableDiffusion(nn.Module):
         timesteps = draws.timesteps_R.to(latents_RCHW.device)
         noisy = self.scheduler.add_noise(latents_RCHW, noise, timesteps)
         predicted = self.predict(noisy, timesteps, condition_RQE)
-        target = noise
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents_RCHW, noise, timesteps)
+        target = self.target(latents_RCHW, noise, timesteps)
         error_R = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
         return (error_R * self.snr_weights(timesteps, gamma)).mean()
+
+    def target(self, latents_RCHW: Tensor, noise_RCHW: Tensor, timesteps_R: Tensor) -> Tensor:
+        """Return what the UNet should predict: noise, or velocity, as its scheduler says."""
+        if self.scheduler.config.prediction_type != "v_prediction":
+            return noise_RCHW
+        # PNDM samples by velocity but lacks the method; DDIM's has the same noise schedule.
+        velocity = DDIMScheduler.from_config(self.scheduler.config).get_velocity
+        return velocity(latents_RCHW, noise_RCHW, timesteps_R)
 
     def predict(self, noisy_RCHW: Tensor, timesteps_R: Tensor, condition_RQE: Tensor) -> Tensor:
         """Return the UNet's prediction: noise, or velocity, as its scheduler says."""

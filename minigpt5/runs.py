@@ -111,6 +111,9 @@ def load_model(config: RunConfig, hardware: Hardware) -> MiniGPT5:
     model = build_model(config.model, config.loss, config.stage, hardware.frozen_dtype)
     for flag, path in _checkpoints(config).items():
         stage = Stage.ALIGNMENT if flag == "--stage1_weight" else config.stage
+        if path.parent == config.paths.bundled_checkpoints:
+            notice = f"notice: {flag}: not in {config.paths.weights}; the preset's bundled one is used"
+            print(notice, file=sys.stderr)
         print(load_checkpoint(model, path, stage, flag), file=sys.stderr)
     return model
 

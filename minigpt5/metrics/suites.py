@@ -89,7 +89,7 @@ def _score_cc3m(
     made, baselines = _made(predictions), _baselines(predictions)
     real = find_real_images(real_images)
     notes = [] if real else [f"No FID: {real_images} holds no val/*/*.jpg nor val/*.jpg; set CC3M_FOLDER."]
-    real_ND = encode_files(real, networks.fid) if real and made else torch.empty(0, 0)
+    real_ND = encode_files(real, networks.fid) if real and (made or baselines) else torch.empty(0, 0)
     first, first_baselines = _published_pictures(predictions)
     inception, baseline_inception = published_inception_scores(
         features.rows("inception", first),

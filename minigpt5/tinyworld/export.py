@@ -75,7 +75,7 @@ def save_projection(projection: nn.Linear, path: Path) -> None:
 
 def save_language_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Write a Hugging Face LLaMA folder in half precision, beside the tokenizer that is there."""
-    _save_half(model, folder)
+    save_half(model, folder)
 
 
 def save_diffusion(
@@ -86,9 +86,9 @@ def save_diffusion(
     scheduler: PNDMScheduler,
 ) -> None:
     """Write a Stable Diffusion folder in half precision, beside the tokenizer that is there."""
-    _save_half(vae, folder / "vae")
-    _save_half(unet, folder / "unet")
-    _save_half(text_encoder, folder / "text_encoder")
+    save_half(vae, folder / "vae")
+    save_half(unet, folder / "unet")
+    save_half(text_encoder, folder / "text_encoder")
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
@@ -106,6 +106,7 @@ def save_diffusion(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_half(model: PreTrainedModel | ModelMixin, folder: Path) -> None:
+def save_half(model: PreTrainedModel | ModelMixin, folder: Path) -> None:
+    """Write one model's configuration and half-precision weights into its folder."""
     transformers_logging.disable_progress_bar()
     copy.deepcopy(model).half().save_pretrained(folder)

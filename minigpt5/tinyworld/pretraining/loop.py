@@ -5,7 +5,6 @@ Each step draws all it needs from (seed, part, step), so a run that was killed g
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -131,9 +130,12 @@ def write_record(place: Place, part: str, values: Mapping[str, object]) -> None:
     _replace(place.record_path(part), (json.dumps(dict(values), indent=1) + "\n").encode())
 
 
-def is_done(place: Place, part: str) -> bool:
-    """Whether a part has been trained to its end and exported."""
-    return place.record_path(part).is_file()
+def is_done(place: Place, part: str, recipe: Recipe | None = None) -> bool:
+    """Whether a part has been trained to its end and exported, by ``recipe`` if one is given."""
+    path = place.record_path(part)
+    if not path.is_file():
+        return False
+    return recipe is None or json.loads(path.read_text(encoding="utf-8"))["recipe"] == asdict(recipe)
 
 
 class _Run:
@@ -178,7 +180,7 @@ class _Run:
         temporary = self.path.with_suffix(".new")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, temporary)
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one."""
@@ -209,4 +211,4 @@ def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".new")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt5.data.cc3m import clean_caption
 from minigpt5.tinyworld.captions import caption
 from minigpt5.tinyworld.renderer import render
 from minigpt5.tinyworld.scenes import (
@@ -32,6 +33,8 @@ GROUP = 4
 """A scene and its neighbours, each of which differs from it in one attribute."""
 _TWO_THINGS_SHARE = 0.5
 _NEIGHBOUR_TRIES = 100
+_CLEANED_SHARE = 0.5
+"""Captions in the form that CC3M's reader gives them."""
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
 
 
@@ -58,7 +61,8 @@ class Pool:
     def captions(self, numbers: Sequence[int], generator: torch.Generator) -> list[str]:
         """Describe pictures in freshly drawn words."""
         rng = python_random(generator)
-        return [caption(self.scenes[number], rng) for number in numbers]
+        texts = [caption(self.scenes[number], rng) for number in numbers]
+        return [clean_caption(text) if rng.random() < _CLEANED_SHARE else text for text in texts]
 
     def pixels(self, numbers: Sequence[int]) -> Tensor:
         """Return pictures ``[B, 3, S, S]`` in [0, 1]."""

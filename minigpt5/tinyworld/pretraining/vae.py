@@ -14,7 +14,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
 
 RECIPE = Recipe(steps=6000, batch_size=16, learning_rate=1.5e-3)
-_SQUARE_WEIGHT = 4.0
+_SQUARE_WEIGHT = 10.0
 """Large errors are a wrong or missing thing, which must outweigh the texture of the background."""
 _KL_WEIGHT = 1e-4
 
@@ -47,7 +47,7 @@ class VaeObjective:
 
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, pool: Pool, count: int = 1024) -> float:
-    """Return the factor that gives latents unit deviation over ``count`` pictures (latent diffusion, section G)."""
+    """Return the factor that gives the latents of ``count`` pictures unit deviation (arXiv 2112.10752)."""
     pixels_B3SS = pool.pixels(range(min(count, len(pool)))) * 2 - 1
     means = [vae.encode(part.to(vae.device)).latent_dist.mean for part in pixels_B3SS.split(64)]
     return float(1 / torch.cat(means).std())

@@ -1,0 +1,135 @@
+"""Prompts and replies for the language side, in the published templates, with scenes in the place of pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from minigpt4.tokenizer import LlamaTokenizer
+from minigpt5 import prompts
+from minigpt5.data import mmdialog, vist
+from minigpt5.data.cc3m import clean_caption
+from minigpt5.data.index import ReadOptions
+from minigpt5.data.types import Sample, Split, Task
+from minigpt5.tinyworld.captions import caption
+from minigpt5.tinyworld.dialogues import make_dialogue
+from minigpt5.tinyworld.scenes import Scene, random_scene
+from minigpt5.tinyworld.stories import make_story
+from minigpt5.vokens import VokenIds, voken_text
+
+DESCRIBE = (
+    *(prompts.VIST_SYSTEM + text.format(prompt="") for text in prompts.VIST_UNDERSTANDING),
+    f"{prompts.HUMAN} {prompts.PICTURE} Describe this image in detail. {prompts.ASSISTANT}",
+)
+"""Wishes for a description; the last is MiniGPT-4's own."""
+_CLOSE_PICTURE = prompts.PICTURE.split(">", maxsplit=2)[-1]
+_OPEN_PICTURE = "<Img>"
+_SEEDS = 2**40
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its reply; scenes stand for the pictures of both, in order."""
+
+    prompt: str
+    response: str
+    inputs: tuple[Scene, ...] = ()
+    outputs: tuple[Scene, ...] = ()
+
+
+def any_scene(rng: Random) -> Scene:
+    """Draw a training scene of one or two things."""
+    return random_scene(rng, "train", things=rng.choice((1, 1, 2)))
+
+
+def describe_example(rng: Random) -> Example:
+    """Ask for the description of a picture."""
+    scene = any_scene(rng)
+    return Example(rng.choice(DESCRIBE), f"{caption(scene, rng)} {prompts.STOP}", (scene,))
+
+
+def caption_example(rng: Random, vokens: str) -> Example:
+    """Ask for a picture by its caption, plainly or by an instruction, as in CC3M."""
+    scene = any_scene(rng)
+    text = clean_caption(caption(scene, rng))
+    if rng.random() < 0.3:
+        text = prompts.cc3m_instruction(rng.choice(prompts.CC3M_GENERATION), text)
+    return Example(text, f"{vokens} {prompts.STOP}", (), (scene,))
+
+
+def story_example(rng: Random, vokens: str) -> Example:
+    """Ask for a step of a story, in words, as a picture or both, as in VIST."""
+    steps = make_story(rng.randrange(_SEEDS), "train", 0).steps
+    story = vist.Story("", tuple(vist.Step(step.text, str(place), place) for place, step in enumerate(steps)))
+    task = rng.choice((Task.GENERATION, Task.MULTIMODAL, Task.UNDERSTANDING))
+    position = rng.randrange(0 if task is Task.GENERATION else 1, len(steps))
+    options = ReadOptions(
+        split=Split.TRAIN,
+        folder=Path(),
+        voken_text=vokens,
+        choose=lambda _, group: rng.choice(group),
+        count_tokens=len,
+    )
+    sample = vist.make_sample(story, position, task, options)
+    return _from_sample(sample, [step.scene for step in steps])
+
+
+def dialogue_example(rng: Random, vokens: str) -> Example:
+    """Ask for the next turn of a dialogue, as in MMDialog."""
+    said = make_dialogue(rng.randrange(_SEEDS), "train", 0)
+    turns = [mmdialog.Turn(turn.text, str(place) if turn.scene else None) for place, turn in enumerate(said)]
+    position = rng.randrange(1, len(turns))
+    sample = mmdialog.make_sample("", turns[: position + 1], Path(), vokens)
+    return _from_sample(sample, [turn.scene for turn in said])
+
+
+def _from_sample(sample: Sample, scenes: list[Scene | None] | list[Scene]) -> Example:
+    def shown(paths: tuple[Path, ...]) -> tuple[Scene, ...]:
+        found = [scenes[int(path.name)] for path in paths]
+        return tuple(scene for scene in found if scene is not None)
+
+    return Example(sample.prompt, sample.response, shown(sample.input_images), shown(sample.output_images))
+
+
+class PictureWriter:
+    """Tokens of examples with every picture written out in words: ``<Img>a red star ...</Img>``.
+
+    A language model that has read such text knows what a picture's place holds before it has seen one.
+
+    Args:
+        tokenizer: without vokens; they are added here.
+        count: vokens a picture.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer, count: int = 8) -> None:
+        self.tokenizer = tokenizer
+        self.ids = VokenIds.install(tokenizer, count)
+        self.voken_text = voken_text(count)
+
+    def prompt_ids(self, example: Example, rng: Random) -> list[int]:
+        """Return a prompt's ids with the beginning-of-sequence token, its pictures written out."""
+        scenes = iter(example.inputs)
+        ids = [self.tokenizer.bos_id]
+        for index in self.tokenizer.encode(example.prompt):
+            ids += self._words(next(scenes), rng) if index == self.ids.picture else [index]
+        return ids
+
+    def response_ids(self, example: Example, rng: Random) -> list[int]:
+        """Return a reply's ids, each run of vokens written out as a picture."""
+        scenes = iter(example.outputs)
+        ids: list[int] = []
+        for index in self.tokenizer.encode(example.response):
+            if index == self.ids.first:
+                ids += self.tokenizer.encode(_OPEN_PICTURE)
+                ids += self._words(next(scenes), rng)
+                ids += self.tokenizer.encode(_CLOSE_PICTURE)
+            elif index not in self.ids.vokens:
+                ids.append(index)
+        return ids
+
+    def _words(self, scene: Scene, rng: Random) -> list[int]:
+        return self.tokenizer.encode(caption(scene, rng))
+
+
+Maker = Callable[[Random, str], Example]
+"""Random source and voken text → example."""

@@ -1,0 +1,180 @@
+"""The parts of pretraining: what each needs, how it is trained, and what it writes into the weights folder."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from minigpt4.backbone import MiniGPT4, load_backbone
+from minigpt4.config import BackboneConfig, LanguageModelConfig
+from minigpt4.errors import InputError
+from minigpt4.language_model import load_tokenizer
+from minigpt5.config import DiffusionConfig
+from minigpt5.diffusion import StableDiffusion, load_clip_tokenizer, load_diffusion
+from minigpt5.metrics.local import save_compact_clip
+from minigpt5.tinyworld.export import (
+    save_half,
+    save_language_model,
+    save_projection,
+    save_qformer,
+    save_vision,
+)
+from minigpt5.tinyworld.foundations import (
+    CLIP,
+    CLIP_TOKEN_ROWS,
+    QFORMER,
+    VISION,
+    Foundations,
+    build_foundations,
+    write_foundations,
+)
+from minigpt5.tinyworld.pretraining.clip import RECIPE as CLIP_RECIPE
+from minigpt5.tinyworld.pretraining.clip import ClipObjective, ContrastivePairs
+from minigpt5.tinyworld.pretraining.examples import PictureWriter
+from minigpt5.tinyworld.pretraining.language import RECIPE as LANGUAGE_RECIPE
+from minigpt5.tinyworld.pretraining.language import LanguageObjective
+from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train, write_record
+from minigpt5.tinyworld.pretraining.pool import make_pool
+from minigpt5.tinyworld.pretraining.unet import RECIPE as UNET_RECIPE
+from minigpt5.tinyworld.pretraining.unet import UnetObjective
+from minigpt5.tinyworld.pretraining.vae import RECIPE as VAE_RECIPE
+from minigpt5.tinyworld.pretraining.vae import VaeObjective, latent_scale
+from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
+from minigpt5.tinyworld.pretraining.vision import Eyes, VisionObjective
+from minigpt5.tinyworld.renderer import PICTURE_SIZE
+
+POOL_SIZE = 12_000
+Measured = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of pretraining.
+
+    Attributes:
+        needs: parts that must be done before.
+        recipe: how it is trained.
+        run: trains and exports; returns what is worth recording.
+    """
+
+    needs: tuple[str, ...]
+    recipe: Recipe
+    run: Callable[[Place, Recipe, int], Measured]
+
+
+def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_SIZE) -> None:
+    """Train one part to its end and export it; a part that is done already is left alone.
+
+    Args:
+        name: key of :data:`PARTS`.
+        place: where.
+        scale: the recipe's steps are multiplied by it.
+        pool_size: pictures rendered for training.
+
+    Raises:
+        InputError: a part that it needs is not done.
+    """
+    part = PARTS[name]
+    recipe = replace(part.recipe, steps=max(1, round(part.recipe.steps * scale)))
+    if is_done(place, name, recipe):
+        return
+    missing = [need for need in part.needs if not is_done(place, need)]
+    if missing:
+        raise InputError(f"--parts {name}: needs {', '.join(missing)}, not yet pretrained in {place.folder}")
+    measured = part.run(place, recipe, pool_size)
+    write_record(place, name, {"recipe": asdict(recipe), "seed": place.seed, "pool": pool_size, **measured})
+
+
+def prepare_folder(place: Place) -> None:
+    """Write tokenizers and random models where there are none, so that every part finds the others' files."""
+    if not (place.folder / "sd" / "model_index.json").is_file():
+        write_foundations(place.folder, place.seed)
+
+
+def _fresh(place: Place) -> Foundations:
+    language_tokens = len(load_tokenizer(place.folder / "llama"))
+    clip_tokens = len(load_clip_tokenizer(place.folder / "sd" / "tokenizer"))
+    return build_foundations(language_tokens, clip_tokens, place.seed)
+
+
+def _train_vae(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    vae = _fresh(place).vae.to(place.device, memory_format=torch.channels_last)
+    pool = make_pool(pool_size, place.seed)
+    measured = train("vae", vae, VaeObjective(vae, pool, recipe), recipe, place)
+    factor = latent_scale(vae, pool)
+    vae.register_to_config(scaling_factor=round(factor, 5))
+    save_half(vae.to("cpu", memory_format=torch.contiguous_format), place.folder / "sd" / "vae")
+    return {**measured, "scaling_factor": factor}
+
+
+def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    models = _fresh(place)
+    pairs = ContrastivePairs(models.vision, models.text_encoder, models.clip, CLIP_TOKEN_ROWS).to(place.device)
+    tokenizer = load_clip_tokenizer(place.folder / "sd" / "tokenizer")
+    objective = ClipObjective(pairs, make_pool(pool_size, place.seed), tokenizer, recipe)
+    measured = train("clip", pairs, objective, recipe, place)
+    pairs.to("cpu")
+    save_half(models.text_encoder, place.folder / "sd" / "text_encoder")
+    save_compact_clip(place.folder / "clip", pairs.finished_scorer().half(), CLIP, CLIP_TOKEN_ROWS)
+    _save_eyes(place, Eyes(models.vision, models.qformer, models.projection))
+    return measured
+
+
+def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
+    model = _fresh(place).language_model.to(place.device)
+    writer = PictureWriter(load_tokenizer(place.folder / "llama"))
+    measured = train("language", model, LanguageObjective(model, writer, recipe), recipe, place)
+    save_language_model(model.to("cpu"), place.folder / "llama")
+    return measured
+
+
+def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    diffusion = load_diffusion_part(place)
+    diffusion.unet = _fresh(place).unet
+    diffusion.to(place.device)
+    objective = UnetObjective(diffusion, make_pool(pool_size, place.seed), recipe)
+    measured = train("unet", diffusion.unet, objective, recipe, place)
+    save_half(diffusion.unet.to("cpu"), place.folder / "sd" / "unet")
+    return measured
+
+
+def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
+    backbone = load_backbone_part(place).to(place.device)
+    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection).requires_grad_(True)
+    writer = PictureWriter(load_tokenizer(place.folder / "llama"))
+    objective = VisionObjective(eyes, backbone.language_model, writer, recipe)
+    measured = train("vision", eyes, objective, recipe, place)
+    _save_eyes(place, eyes.to("cpu"))
+    return measured
+
+
+def load_diffusion_part(place: Place) -> StableDiffusion:
+    """Load the folder's Stable Diffusion."""
+    return load_diffusion(DiffusionConfig(weights=str(place.folder / "sd"), image_size=PICTURE_SIZE))
+
+
+def load_backbone_part(place: Place) -> MiniGPT4:
+    """Load the folder's MiniGPT-4."""
+    config = BackboneConfig(
+        vision=replace(VISION, weights=str(place.folder / "eva_vit.pth")),
+        qformer=replace(QFORMER, weights=str(place.folder / "blip2_qformer.pth")),
+        projection_weights=str(place.folder / "minigpt4.pth"),
+        language_model=LanguageModelConfig(weights=str(place.folder / "llama")),
+    )
+    return load_backbone(config).model
+
+
+def _save_eyes(place: Place, eyes: Eyes) -> None:
+    save_vision(eyes.vision, place.folder / "eva_vit.pth")
+    save_qformer(eyes.qformer, eyes.vision.model.post_layernorm, place.folder / "blip2_qformer.pth")
+    save_projection(eyes.projection, place.folder / "minigpt4.pth")
+
+
+PARTS: dict[str, Part] = {
+    "vae": Part((), VAE_RECIPE, _train_vae),
+    "clip": Part((), CLIP_RECIPE, _train_clip),
+    "language": Part((), LANGUAGE_RECIPE, _train_language),
+    "unet": Part(("vae", "clip"), UNET_RECIPE, _train_unet),
+    "vision": Part(("clip", "language"), VISION_RECIPE, _train_vision),
+}
+"""In an order that gives every part what it needs."""

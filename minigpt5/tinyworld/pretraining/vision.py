@@ -1,0 +1,109 @@
+"""Eyes for the language model: ViT, Q-Former and projection learn to make the frozen language model reply.
+
+As MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
+pictures stand in stories and dialogues, where the language model has so far read them in words.
+Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
+from transformers import LlamaForCausalLM
+
+from minigpt4.qformer import QFormer
+from minigpt4.vision import VisionEncoder
+from minigpt5.images import CLIP_MEAN, CLIP_STD
+from minigpt5.tinyworld.pretraining.examples import (
+    Example,
+    PictureWriter,
+    describe_example,
+    dialogue_example,
+    story_example,
+)
+from minigpt5.tinyworld.pretraining.loop import Recipe
+from minigpt5.tinyworld.pretraining.pool import python_random
+from minigpt5.tinyworld.renderer import render
+from minigpt5.vokens import IGNORE_INDEX
+
+RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+_DESCRIBE_SHARE = 0.8
+_STORY_SCALE = 0.25
+"""Batch of stories and dialogues, relative to the recipe's."""
+
+
+class Eyes(nn.Module):
+    """What the part trains: pictures → what stands for them in a prompt."""
+
+    def __init__(self, vision: VisionEncoder, qformer: QFormer, projection: nn.Linear) -> None:
+        super().__init__()
+        self.vision, self.qformer, self.projection = vision, qformer, projection
+
+    def forward(self, pixels_P3SS: Tensor) -> Tensor:
+        """Return ``[P, L, H]`` for normalised pictures."""
+        return self.projection(self.qformer(self.vision(pixels_P3SS)))
+
+
+class VisionObjective:
+    """Loss of one step.
+
+    Args:
+        eyes: trained.
+        language_model: frozen.
+        writer: tokens of examples.
+        recipe: batch size.
+    """
+
+    def __init__(
+        self, eyes: Eyes, language_model: LlamaForCausalLM, writer: PictureWriter, recipe: Recipe
+    ) -> None:
+        self.eyes, self.language_model, self.writer, self.recipe = eyes, language_model, writer, recipe
+        language_model.requires_grad_(False)
+
+    def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Return the mean cross-entropy over the replies' tokens."""
+        rng = python_random(generator)
+        if rng.random() < _DESCRIBE_SHARE:
+            examples = [describe_example(rng) for _ in range(self.recipe.batch_size)]
+        else:
+            make = rng.choice((story_example, dialogue_example))
+            count = max(1, round(self.recipe.batch_size * _STORY_SCALE))
+            examples = [make(rng, self.writer.voken_text) for _ in range(count)]
+        device = self.language_model.device
+        ids_BT, labels_BT = (part.to(device) for part in self.tokens(examples, generator))
+        embeds_BTH = self.language_model.get_input_embeddings()(ids_BT.clamp(min=0))
+        pictures = [render(scene, rng) for example in examples for scene in example.inputs]
+        if pictures:
+            features_PLH = self.eyes(to_pixels(pictures).to(device))
+            embeds_BTH = embeds_BTH.masked_scatter((ids_BT < 0)[..., None], features_PLH)
+        hidden_BTH = self.language_model.model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
+        targets_BT = labels_BT[:, 1:]
+        wanted_BT = targets_BT != IGNORE_INDEX
+        logits_XV = self.language_model.lm_head(hidden_BTH[:, :-1][wanted_BT])
+        loss = F.cross_entropy(logits_XV, targets_BT[wanted_BT])
+        # A batch of first turns may show no picture at all; its gradient is zero.
+        return {"loss": loss + 0 * self.eyes.projection.bias.sum()}
+
+    def tokens(self, examples: Sequence[Example], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return ids, −1 at each position of a picture, and labels of the replies, each ``[B, T]``."""
+        rng = python_random(generator)
+        width = self.eyes.qformer.query_tokens.shape[1]
+        rows, labels = [], []
+        for example in examples:
+            prompt = [self.writer.tokenizer.bos_id]
+            for index in self.writer.tokenizer.encode(example.prompt):
+                prompt += [-1] * width if index == self.writer.ids.picture else [index]
+            response = self.writer.response_ids(example, rng)
+            rows.append(torch.tensor(prompt + response))
+            labels.append(torch.tensor([IGNORE_INDEX] * len(prompt) + response))
+        pad = nn.utils.rnn.pad_sequence
+        return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
+
+
+def to_pixels(pictures: Sequence[object]) -> Tensor:
+    """Return Pillow pictures as the vision encoder's input ``[P, 3, S, S]``."""
+    bytes_PSS3 = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return normalize(bytes_PSS3.permute(0, 3, 1, 2).float() / 255, list(CLIP_MEAN), list(CLIP_STD))

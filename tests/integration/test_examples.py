@@ -1,0 +1,54 @@
+"""The playground and the API example run from their own folder with the tiny preset's bundled checkpoints."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from minigpt5.config import PROJECT_ROOT
+
+EXAMPLES = PROJECT_ROOT / "examples"
+QUICK = ["--set", "generation.max_new_tokens=6", "--set", "generation.num_inference_steps=2"]
+BUNDLED = ["--stage1_weight", "stage1_cc3m.ckpt", "--test_weight", "stage2_vist.ckpt"]
+
+
+def run(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.endswith("FOLDER")}
+    environment = {**kept, "MINIGPT5_CONFIG": "config/tiny.yaml", "IS_STAGE2": "True", **variables}
+    return subprocess.run([sys.executable, *argv], cwd=EXAMPLES, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_playground_writes_a_picture_a_reply(tmp_path):
+    done = run("playground.py", *BUNDLED, *QUICK, "--force_image", "--replies", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test_0.png", "test_1.png"]
+    assert Image.open(tmp_path / "test_0.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--test_weight: give the checkpoint"),
+        ([*BUNDLED, "--prompt", "look <ImageHere>"], "--prompt: the text holds 1 <ImageHere> but 0 pictures"),
+        ([*BUNDLED, "--prompt", "look", "--images", "nowhere.jpg"], "--images nowhere.jpg: no such file"),
+        ([*BUNDLED, "--promt", "look"], "unknown flag --promt"),
+    ],
+)
+def test_playground_refuses_what_it_cannot_use(argv, words):
+    done = run("playground.py", *argv)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_api_example_asks_twice():
+    done = run("api_example.py")
+    assert done.returncode == 0, done.stderr
+    assert "first:" in done.stdout
+    assert "second:" in done.stdout
+    assert "(64, 64)" in done.stdout
