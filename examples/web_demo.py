@@ -60,11 +60,12 @@ def build_page(config: RunConfig) -> Any:
     def reply(
         message: dict[str, Any],
         shown: list[dict[str, Any]],
-        chat: Conversation,
+        chat: Conversation | None,
         policy: str,
         scale: float,
         steps: int,
     ) -> tuple[list[dict[str, Any]], Conversation, dict[str, Any]]:
+        chat = chat or Conversation()
         pictures = [open_picture(Path(path)) for path in message["files"]]
         try:
             prompt = chat.ask(message["text"], pictures)
@@ -86,7 +87,7 @@ def build_page(config: RunConfig) -> Any:
 
     with gradio.Blocks(title="MiniGPT-5") as page:
         gradio.Markdown("# MiniGPT-5\nWrite, attach pictures, and get text and pictures back.")
-        chat = gradio.State(Conversation)
+        chat = gradio.State(None)
         shown = gradio.Chatbot(height=480, label="Conversation")
         box = gradio.MultimodalTextbox(
             placeholder="Tell me the next scene with image.",
@@ -100,7 +101,7 @@ def build_page(config: RunConfig) -> Any:
             steps = gradio.Slider(1, 100, value=config.generation.num_inference_steps, step=1, label="Steps")
         clear = gradio.Button("New conversation")
         box.submit(reply, [box, shown, chat, policy, scale, steps], [shown, chat, box])
-        clear.click(lambda: ([], Conversation()), None, [shown, chat])
+        clear.click(lambda: ([], None), None, [shown, chat])
     return page
 
 

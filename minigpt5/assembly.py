@@ -19,6 +19,9 @@ class Assembled:
     embeds_BTH: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
+    constant_B: Tensor
+    """Leading positions of each sample that hold no trained token: as long as the language model itself is frozen,
+    no trainable parameter reaches their states."""
 
 
 def insert_pictures(
@@ -27,6 +30,7 @@ def insert_pictures(
     labels_BT: Tensor,
     *,
     is_picture_BT: Tensor,
+    is_trained_BT: Tensor,
     features_PLH: Tensor | None,
     num_queries: int,
 ) -> Assembled:
@@ -40,6 +44,7 @@ def insert_pictures(
         mask_BT: 0 at padding.
         labels_BT: -100 where there is no label; pictures get none.
         is_picture_BT: where the placeholders are.
+        is_trained_BT: where tokens are whose embedding trains.
         features_PLH: the pictures' states in the placeholders' order.
         num_queries: L.
     """
@@ -66,4 +71,5 @@ def insert_pictures(
         )
         embeds = embeds.index_put(pictures, features_PLH.to(embeds.dtype))
         mask[pictures] = 1
-    return Assembled(embeds, mask, labels)
+    constant_B = starts_BT.masked_fill(~is_trained_BT, length).amin(1)
+    return Assembled(embeds, mask, labels, constant_B)

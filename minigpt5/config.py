@@ -124,6 +124,8 @@ class DataConfig:
     max_samples: int | None = Field(default=None, ge=1)
     random_flip: bool = True
     """Mirror training pictures at random (train split only)."""
+    bucket_by_length: bool = False
+    """Put training samples of similar length into one batch: less padding, another order of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -158,6 +160,9 @@ class TrainingConfig:
     save_total_limit: int = Field(default=1, ge=1)
     loggers: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ("csv", "tensorboard")
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for more time."""
+    compile: bool = False
+    """Compile language model, UNet and mapper with ``torch.compile``: minutes at the start, faster steps."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -23,6 +23,7 @@ from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, Tr
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
 from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
 from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
+from minigpt5.language_states import last_states
 from minigpt5.losses import Draws, LanguageStates, Losses
 from minigpt5.mapper import FeatureMapper
 from minigpt5.vokens import IGNORE_INDEX, VokenIds, VokenRows, gather_vokens, voken_starts
@@ -157,7 +158,8 @@ class MiniGPT5(nn.Module):
         captions = self._captions_of(batch, starts_R2)
         if len(starts_R2) == 0:
             zero = text.new_zeros(())
-            return Losses(self.loss_config.text_weight * text, text, zero, None if captions is None else zero)
+            total = self.loss_config.text_weight * text + self._untouched()
+            return Losses(total, text, zero, None if captions is None else zero)
         vokens_RNH = gather_vokens(states.hidden_BTH, starts_R2, self.voken_ids.count)
         condition_RQE = self.condition(vokens_RNH, draws.drop_R)
         image = self.diffusion.loss(
@@ -179,11 +181,7 @@ class MiniGPT5(nn.Module):
             dtype = self.backbone.projection.weight.dtype
             features_PLH = self.backbone.encode_images(batch.input_pixels_P3HW.to(dtype))
         prompt = self.assemble(batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT, features_PLH)
-        hidden_BTH = self.backbone.language_model.model(
-            inputs_embeds=prompt.embeds_BTH.to(self._language_dtype),
-            attention_mask=prompt.mask_BT,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = last_states(self.backbone.language_model, prompt, self._language_dtype)
         return LanguageStates(prompt, hidden_BTH)
 
     def assemble(
@@ -196,6 +194,7 @@ class MiniGPT5(nn.Module):
             F.pad(mask_BT, (1, 0), value=1),
             F.pad(labels_BT, (1, 0), value=IGNORE_INDEX),
             is_picture_BT=ids_BT == self.voken_ids.picture,
+            is_trained_BT=self.rows.is_new(ids_BT) & (ids_BT != self.voken_ids.picture),
             features_PLH=features_PLH,
             num_queries=self.config.backbone.qformer.num_queries,
         )
@@ -228,6 +227,14 @@ class MiniGPT5(nn.Module):
         """Squared error to the caption's text features (paper equation 6); a dropped one's is empty."""
         kept = ["" if drop else caption for caption, drop in zip(captions, drop_R.tolist(), strict=True)]
         return F.mse_loss(condition_RQE.float(), self.diffusion.encode_captions(kept).float())
+
+    def _untouched(self) -> Tensor:
+        """Return 0 with a zero gradient for everything that trains.
+
+        A batch without a picture then has the same parameters in its graph as every other process's batch, and
+        gradients are exchanged without a search for those that are missing.
+        """
+        return 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
 
     def _captions_of(self, batch: Batch, starts_R2: Tensor) -> list[str] | None:
         """Return each wanted picture's caption, or None if any sample of the batch has none."""

@@ -63,6 +63,8 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     plan = plan_steps(config.training, len(data.index(Split.TRAIN)), hardware.device_count, is_cc3m=is_cc3m)
     if config.training.gradient_checkpointing:
         recompute_activations(model)
+    if config.training.compile:
+        model.compile_parts()
     module = TrainingModule(model, config.training, plan.total_steps, hyper_parameters)
     best = ModelCheckpoint(
         dirpath=checkpoint_folder(config),

@@ -111,16 +111,23 @@ def build_optimizer(model: MiniGPT5, config: TrainingConfig) -> torch.optim.Adam
         lr=config.learning_rate,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        # The fused step unscales float16's gradients itself, which Lightning cannot combine with clipping.
+        fused=config.precision != "16-mixed",
     )
 
 
 def recompute_activations(model: MiniGPT5) -> None:
-    """Let the backward pass recompute the language model's activations: less memory for more time.
+    """Let the backward pass recompute activations of the UNet and the language model: less memory, more time.
 
-    transformers does so in layers that are in training mode only. LLaMA's layers have no dropout of their own, so
-    the mode of the frozen layers changes nothing else.
+    Only where there are any: in the alignment stage nearly all of the language model runs without a graph.
+
+    transformers recomputes in layers that are in training mode only. LLaMA's layers have no dropout of their own,
+    so the mode of the frozen layers changes nothing else.
     """
+    model.diffusion.unet.enable_gradient_checkpointing()
     llama = model.backbone.language_model
+    if not any(parameter.requires_grad for parameter in llama.parameters()):
+        return
     llama.gradient_checkpointing_enable({"use_reentrant": False})
 
     def follow_mode(module: torch.nn.Module, _: Any) -> None:

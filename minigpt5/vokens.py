@@ -98,9 +98,13 @@ class VokenRows(nn.Module):
         self.embedding = nn.Parameter(_mean_rows(embedding_VH[:base_size], new_tokens))
         self.head = nn.Parameter(_mean_rows(head_VH[:base_size], new_tokens))
 
+    def is_new(self, ids_BT: Tensor) -> Tensor:
+        """Return which ids are of new tokens."""
+        return ids_BT >= self.base_size
+
     def embed(self, ids_BT: Tensor, embedding_VH: Tensor) -> Tensor:
         """Look up ``ids`` in the frozen embedding and the new rows; returns float32 ``[B, T, H]``."""
-        is_new = ids_BT >= self.base_size
+        is_new = self.is_new(ids_BT)
         base_BTH = F.embedding(ids_BT.masked_fill(is_new, 0), embedding_VH).to(self.embedding.dtype)
         new_BTH = F.embedding((ids_BT - self.base_size).clamp(min=0), self.embedding)
         return torch.where(is_new[..., None], new_BTH, base_BTH)

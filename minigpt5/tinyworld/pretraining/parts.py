@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
-from minigpt4.backbone import MiniGPT4, load_backbone
+from minigpt4.backbone import LoadedBackbone, load_backbone
 from minigpt4.config import BackboneConfig, LanguageModelConfig
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
@@ -129,7 +130,7 @@ def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
 
 
 def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
-    diffusion = load_diffusion_part(place)
+    diffusion = load_folder_diffusion(place.folder)
     diffusion.unet = _fresh(place).unet
     diffusion.to(place.device)
     objective = UnetObjective(diffusion, make_pool(pool_size, place.seed), recipe)
@@ -139,7 +140,7 @@ def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
 
 
 def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
-    backbone = load_backbone_part(place).to(place.device)
+    backbone = load_folder_backbone(place.folder).model.to(place.device)
     eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection).requires_grad_(True)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
     objective = VisionObjective(eyes, backbone.language_model, writer, recipe)
@@ -148,20 +149,20 @@ def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
     return measured
 
 
-def load_diffusion_part(place: Place) -> StableDiffusion:
+def load_folder_diffusion(folder: Path) -> StableDiffusion:
     """Load the folder's Stable Diffusion."""
-    return load_diffusion(DiffusionConfig(weights=str(place.folder / "sd"), image_size=PICTURE_SIZE))
+    return load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=PICTURE_SIZE))
 
 
-def load_backbone_part(place: Place) -> MiniGPT4:
+def load_folder_backbone(folder: Path) -> LoadedBackbone:
     """Load the folder's MiniGPT-4."""
     config = BackboneConfig(
-        vision=replace(VISION, weights=str(place.folder / "eva_vit.pth")),
-        qformer=replace(QFORMER, weights=str(place.folder / "blip2_qformer.pth")),
-        projection_weights=str(place.folder / "minigpt4.pth"),
-        language_model=LanguageModelConfig(weights=str(place.folder / "llama")),
+        vision=replace(VISION, weights=str(folder / "eva_vit.pth")),
+        qformer=replace(QFORMER, weights=str(folder / "blip2_qformer.pth")),
+        projection_weights=str(folder / "minigpt4.pth"),
+        language_model=LanguageModelConfig(weights=str(folder / "llama")),
     )
-    return load_backbone(config).model
+    return load_backbone(config)
 
 
 def _save_eyes(place: Place, eyes: Eyes) -> None:

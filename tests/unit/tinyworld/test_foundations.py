@@ -82,12 +82,12 @@ def test_saved_diffusion_folder_loads_and_computes_the_same(saved):
     models, folder = saved
     loaded = load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=64))
     condition = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(0))
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([10])
     expected = models.unet.eval()(latents, steps, condition).sample
     torch.testing.assert_close(loaded.unet(latents, steps, condition).sample, expected, atol=1e-2, rtol=1e-2)
     assert loaded.encode_captions(["a red star ."]).shape == (1, 77, 64)
-    assert loaded.encode_pixels(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+    assert loaded.encode_pixels(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 8, 8)
     assert loaded.scheduler.config.steps_offset == 1
 
 
@@ -162,4 +162,4 @@ def test_committed_weights_make_the_tiny_presets_model():
     model = build_model(config.model, config.loss, Stage.MULTIMODAL)
     assert all(report.loaded for report in model.reports)
     files = [path for path in COMMITTED.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 8_100_000
+    assert sum(path.stat().st_size for path in files) < 25_000_000

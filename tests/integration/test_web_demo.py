@@ -1,0 +1,42 @@
+"""The web page's answer to a message, without a browser."""
+
+import importlib.util
+
+import pytest
+
+from minigpt5.config import PROJECT_ROOT, load_config
+from tests.integration.conftest import TINY
+
+pytest.importorskip("gradio", reason="the web demo's tests need gradio")
+
+
+@pytest.fixture(scope="module")
+def page():
+    spec = importlib.util.spec_from_file_location("web_demo", PROJECT_ROOT / "examples" / "web_demo.py")
+    web_demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(web_demo)
+    quick = {"generation.max_new_tokens": 6, "generation.num_inference_steps": 2}
+    weights = {"stage": "multimodal", "stage1_weight": "stage1_cc3m.ckpt", "test_weight": "stage2_vist.ckpt"}
+    return web_demo.build_page(load_config(TINY, {**quick, **weights}, {}))
+
+
+@pytest.mark.slow
+def test_a_message_with_a_picture_is_answered_with_one_and_remembered(page):
+    reply = page.fns[0].fn
+    message = {"text": "look at this .", "files": [str(PROJECT_ROOT / "examples" / "story_0.png")]}
+    shown, chat, box = reply(message, [], None, "always", 7.5, 2)
+    assert [entry["role"] for entry in shown[:2]] == ["user", "user"]
+    assert shown[1]["content"] == "look at this ."
+    assert any(entry["role"] == "assistant" and not isinstance(entry["content"], str) for entry in shown)
+    assert box == {"text": "", "files": []}
+    again, chat, _ = reply({"text": "and then", "files": []}, shown, chat, "never", 7.5, 2)
+    assert len(again) > len(shown)
+    assert len(chat.turns) == 4
+    assert len(chat.prompt().images) >= 2
+
+
+def test_marks_without_pictures_are_an_error_on_the_page(page):
+    import gradio
+
+    with pytest.raises(gradio.Error, match="1 <ImageHere> but 0 pictures"):
+        page.fns[0].fn({"text": "<ImageHere>", "files": []}, [], None, "never", 7.5, 2)
