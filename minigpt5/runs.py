@@ -74,7 +74,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         save_on_train_epoch_end=False,
     )
     last = checkpoint_folder(config) / f"{plain_name(config.model_save_name)}-last.ckpt"
-    trainer = build_trainer(config, hardware, plan, is_cc3m, [*callbacks, best, LastCheckpoint(last)])
+    trainer = build_trainer(config, hardware, plan, [*callbacks, best, LastCheckpoint(last)])
     if trainer.is_global_zero:
         print(describe_size(model), file=sys.stderr)
         for split in (Split.TRAIN, Split.VALIDATION):
@@ -153,9 +153,7 @@ def plan_steps(training: TrainingConfig, samples: int, processes: int, *, is_cc3
     return StepPlan(accumulate, min(batches, between), min(steps, training.max_steps or steps))
 
 
-def build_trainer(
-    config: RunConfig, hardware: Hardware, plan: StepPlan, is_cc3m: bool, callbacks: list[Callback]
-) -> Trainer:
+def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbacks: list[Callback]) -> Trainer:
     """Return the Trainer of a run with its loggers and sample pictures."""
     training = config.training
     folder = checkpoint_folder(config) / "logs"
@@ -163,16 +161,12 @@ def build_trainer(
     loggers = build_loggers(training.loggers, folder, name)
     samples = SamplePictures(folder / name / "samples", training.sample_every_steps, config.generation)
     monitors: list[Callback] = [LearningRateMonitor("step")] if loggers else []
-    strategy = training.strategy
-    if strategy == "auto" and hardware.device_count * training.num_nodes > 1:
-        # CC3M samples all use every trainable parameter; a batch of the others may hold no picture.
-        strategy = "ddp" if is_cc3m else "ddp_find_unused_parameters_true"
     return Trainer(
         default_root_dir=checkpoint_folder(config),
         accelerator="gpu" if hardware.gpus else "cpu",
         devices=list(hardware.gpus) or hardware.cpu_processes,
         num_nodes=training.num_nodes,
-        strategy=strategy,
+        strategy=training.strategy,
         precision=hardware.precision,  # type: ignore[arg-type]
         max_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,

@@ -1,14 +1,19 @@
-"""Command line of the tiny world: ``python -m minigpt5.tinyworld {data,init}``."""
+"""Command line of the tiny world: ``python -m minigpt5.tinyworld {data,init,pretrain,evaluate}``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minigpt4.errors import InputError
 from minigpt5.cli import run_command
 
 DATA_SETS = ("cc3m", "vist", "mmdialog")
+PARTS = ("vae", "clip", "language", "unet", "vision")
+SHIPPED = Path(__file__).resolve().parent / "weights"
+FLOORS_NOT_MET = 1
+"""Exit code."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,17 +38,40 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--out", type=Path, required=True, help="folder for the weights")
     init.add_argument("--seed", type=int, default=0)
     init.set_defaults(run=_init)
+    _add_pretraining(commands)
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one command.
+def _add_pretraining(commands: Any) -> None:
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="train the models from scratch",
+        description="Train the tiny models from scratch. The same command continues a killed run.",
+    )
+    pretrain.add_argument("--out", type=Path, required=True, help="folder for the weights and the checkpoints")
+    pretrain.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--scale", type=float, default=1.0, help="multiply every part's steps (default: 1)")
+    pretrain.add_argument("--pictures", type=int, default=12_000, help="pictures rendered for training")
+    pretrain.add_argument("--jobs", type=int, help="parts at once (default: 2 on a CPU with 2 cores, else 1)")
+    pretrain.set_defaults(run=_pretrain)
+
+    evaluate = commands.add_parser("evaluate", help="measure the models against their floors")
+    evaluate.add_argument("--weights", type=Path, default=SHIPPED, help="folder (default: the shipped one)")
+    evaluate.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    evaluate.add_argument("--count", type=int, default=300, help="held-out pictures, in hundreds (default: 300)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return the exit code.
 
     Raises:
         InputError: the arguments cannot be used.
     """
     options = build_parser().parse_args(arguments)
-    options.run(options)
+    return options.run(options) or 0
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -62,6 +90,44 @@ def _init(options: argparse.Namespace) -> None:
 
     for path, size in write_foundations(_folder(options.out), options.seed).items():
         print(f"{path}: {size / 1024:.0f} KiB")
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    if not options.scale > 0 or options.pictures < 1:
+        raise InputError(f"--scale {options.scale} --pictures {options.pictures}: give numbers above 0")
+    if options.jobs is not None and options.jobs < 1:
+        raise InputError(f"--jobs {options.jobs}: give at least 1")
+    import torch
+
+    from minigpt5.tinyworld.pretraining.loop import Place
+    from minigpt5.tinyworld.pretraining.run import pretrain
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = options.jobs or (2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1)
+    place = Place(_folder(options.out), options.seed, device)
+    pretrain(options.parts, place, options.scale, options.pictures, jobs)
+    return _report(options.out, options.parts, 300, options.seed)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.count < 1 or options.count % 100:
+        raise InputError(f"--count {options.count}: give a multiple of 100")
+    if not options.weights.is_dir():
+        raise InputError(f"--weights {options.weights}: no such folder")
+    return _report(options.weights, options.parts, options.count, options.seed)
+
+
+def _report(folder: Path, parts: Sequence[str], count: int, seed: int) -> int:
+    from minigpt5.tinyworld.pretraining.evaluate import evaluate
+
+    print(f"measured on {count} held-out pictures, {folder}:")
+    missed = []
+    for measure in evaluate(folder, parts, count, seed):
+        print(measure, flush=True)
+        missed += [] if measure.met else [measure.name]
+    if missed:
+        print(f"floors not met: {'; '.join(missed)}", file=sys.stderr)
+    return FLOORS_NOT_MET if missed else 0
 
 
 def _folder(path: Path) -> Path:

@@ -18,6 +18,8 @@ QUICK = {
     "data.max_samples": 8,
     "generation.max_new_tokens": 12,
     "generation.num_inference_steps": 2,
+    # a missing checkpoint stays missing
+    "paths.bundled_checkpoints": None,
 }
 
 

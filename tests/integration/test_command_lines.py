@@ -20,7 +20,7 @@ from minigpt5.predictions import read_predictions
 from minigpt5.runs import load_model, open_model
 from tests.integration.conftest import QUICK, TINY
 
-SETTINGS = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
+SETTINGS = [word for key, value in QUICK.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 TRAIN = ["--is_training", "True", "--gpus", "0", *SETTINGS]
 CC3M_FILES = ["--train_data_path", "cc3m_train.tsv", "--val_data_path", "cc3m_val.tsv"]
 VIST_FILES = ["--train_data_path", "train_cleaned.json", "--val_data_path", "val_cleaned.json"]

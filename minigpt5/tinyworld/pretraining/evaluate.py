@@ -3,11 +3,12 @@
 Shapes: P pictures, S side in pixels, H language width, T tokens, J joint.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,7 @@ def measure_vision(folder: Path, data: HeldOut) -> list[Measure]:
 @torch.no_grad()
 def measure_clip(folder: Path, data: HeldOut) -> list[Measure]:
     """Top-1 retrieval among :data:`RETRIEVAL`, mean of picture → caption and caption → picture."""
+    model: Any
     model, transform, tokenizer = load_compact_clip(folder / "clip")
     pictures_PJ = model.encode_image(torch.stack([transform(picture) for picture in data.pictures]))
     texts_PJ = model.encode_text(tokenizer(list(data.captions)))
@@ -123,8 +125,8 @@ MEASURES: dict[str, Callable[[Path, HeldOut], list[Measure]]] = {
 """Part → its measures; the language model is measured through the backbone's descriptions."""
 
 
-def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> list[Measure]:
-    """Measure the parts of a weights folder.
+def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> Iterator[Measure]:
+    """Measure the parts of a weights folder, one after another.
 
     Args:
         folder: in the layout of the shipped weights.
@@ -136,7 +138,9 @@ def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> list[
         InputError: a file is missing or does not fit.
     """
     data = HeldOut.draw(count, seed)
-    return [measure for part in parts if part in MEASURES for measure in MEASURES[part](folder, data)]
+    for part in parts:
+        if part in MEASURES:
+            yield from MEASURES[part](folder, data)
 
 
 def default_sampling() -> GenerationConfig:
@@ -180,15 +184,14 @@ def describe(backbone: LoadedBackbone, pictures: Sequence[Image.Image], prompt: 
     model, tokenizer = backbone.model, backbone.tokenizer
     transform = input_transform(PICTURE_SIZE)
     before, after = (tokenizer.encode(text) for text in prompt.split(INPUT_PICTURE))
+    words = model.embedding_VH[[tokenizer.bos_id, *before, *after]]
+    start_1TH, end_1TH = words[None].split([1 + len(before), len(after)], dim=1)
     texts: list[str] = []
     for start in range(0, len(pictures), _BATCH):
         pixels_P3SS = torch.stack([transform(picture) for picture in pictures[start : start + _BATCH]])
         features_PLH = model.encode_images(pixels_P3SS)
-        around = [
-            model.embedding_VH[ids].expand(len(features_PLH), -1, -1)
-            for ids in ([tokenizer.bos_id, *before], after)
-        ]
-        embeds_PTH = torch.cat([around[0], features_PLH, around[1]], dim=1)
+        around = (part.expand(len(features_PLH), -1, -1) for part in (start_1TH, end_1TH))
+        embeds_PTH = torch.cat([next(around), features_PLH, next(around)], dim=1)
         ids_PT = model.language_model.generate(
             inputs_embeds=embeds_PTH,
             attention_mask=torch.ones(embeds_PTH.shape[:2], dtype=torch.long),

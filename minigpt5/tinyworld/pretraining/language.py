@@ -24,7 +24,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=6000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
+RECIPE = Recipe(steps=3000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
 
 
 def _describe(rng: Random, _: str) -> Example:

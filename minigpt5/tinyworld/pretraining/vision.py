@@ -29,7 +29,7 @@ from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.tinyworld.renderer import render
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
 _DESCRIBE_SHARE = 0.8
 _STORY_SCALE = 0.25
 """Batch of stories and dialogues, relative to the recipe's."""

@@ -1,0 +1,215 @@
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minigpt4.errors import InputError
+from minigpt4.language_model import load_tokenizer
+from minigpt5.tinyworld.__main__ import main
+from minigpt5.tinyworld.captions import read_attributes
+from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
+from minigpt5.tinyworld.pretraining.clip import ContrastivePairs, contrastive_loss, encode_short_text
+from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
+from minigpt5.tinyworld.pretraining.examples import (
+    PictureWriter,
+    caption_example,
+    describe_example,
+    dialogue_example,
+    story_example,
+)
+from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train
+from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder, run_part
+from minigpt5.tinyworld.pretraining.pool import GROUP, make_pool
+from minigpt5.tinyworld.pretraining.run import pretrain
+from minigpt5.tinyworld.pretraining.vae import VaeObjective
+from minigpt5.tinyworld.scenes import belongs, seeded
+
+CPU = torch.device("cpu")
+QUICK = Recipe(steps=6, batch_size=2, learning_rate=1e-3, warmup_steps=1)
+TEXTS = ["a red star .", "a big blue box on the sand ."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights of which every part is trained for two steps."""
+    place = Place(tmp_path_factory.mktemp("weights"), 0, CPU)
+    prepare_folder(place)
+    return place.folder
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return make_pool(32, seed=3)
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_each_part_lowers_its_loss_and_writes_its_files(folder, name):
+    part, place = PARTS[name], Place(folder, 0, CPU)
+    quick = replace(part.recipe, steps=2, batch_size=8, warmup_steps=1, learning_rate=3e-3)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    first = part.run(place, quick, 32)["loss"]
+    after = part.run(place, replace(quick, steps=16), 32)
+    assert after["loss"] < first
+    assert after["seconds"] > 0
+    changed = {
+        path.relative_to(folder).parts[0]
+        for path, content in before.items()
+        if path.suffix in (".safetensors", ".pth") and path.read_bytes() != content
+    }
+    expected = {"vae": {"sd"}, "unet": {"sd"}, "language": {"llama"}}
+    eyes = {"eva_vit.pth", "blip2_qformer.pth"}
+    expected |= {"clip": {"sd", "clip", *eyes}, "vision": {"minigpt4.pth", *eyes}}
+    assert changed - {"pretraining"} == expected[name]
+
+
+def vae_run(folder, pool, stop_after=None, recipe=QUICK):
+    """Train a small step count; with ``stop_after`` the run dies in that step."""
+    vae = build_foundations(300, 520, seed=1).vae
+    objective = VaeObjective(vae, pool, recipe)
+    calls = 0
+
+    def loss_of(generator):
+        nonlocal calls
+        if calls == stop_after:
+            raise KeyboardInterrupt
+        calls += 1
+        return objective(generator)
+
+    measured = train("vae", vae, loss_of, recipe, Place(folder, 0, CPU, save_seconds=0))
+    return vae.state_dict(), measured, calls
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pool):
+    whole, expected, _ = vae_run(tmp_path / "whole", pool)
+    with pytest.raises(KeyboardInterrupt):
+        vae_run(tmp_path / "killed", pool, stop_after=3)
+    resumed, measured, calls = vae_run(tmp_path / "killed", pool)
+    assert calls == QUICK.steps - 3
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    assert {**measured, "seconds": 0} == {**expected, "seconds": 0}
+    again, _, calls = vae_run(tmp_path / "killed", pool)
+    assert calls == 0
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path, pool):
+    vae_run(tmp_path, pool, recipe=replace(QUICK, steps=1))
+    with pytest.raises(
+        InputError, match=r"vae\.pt: made with other settings: batch_size 2 \(now 1\); give another"
+    ):
+        vae_run(tmp_path, pool, recipe=replace(QUICK, batch_size=1))
+    (tmp_path / "pretraining" / "vae.pt").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(InputError, match=r"vae\.pt: not a readable weight file"):
+        vae_run(tmp_path, pool)
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    recipe = Recipe(steps=100, batch_size=1, learning_rate=1.0, warmup_steps=10, final_rate=0.1)
+    rates = [recipe.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9]
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
+    place = Place(tmp_path, 0, CPU)
+    runs = []
+    for name, part in PARTS.items():
+        monkeypatch.setitem(
+            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
+        )
+    with pytest.raises(InputError, match="--parts unet: needs vae, clip, not yet pretrained in"):
+        run_part("unet", place)
+    monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.prepare_folder", lambda place: None)
+    for _ in range(2):
+        pretrain(["vision", "vae", "clip", "language"], place, scale=0.5, pool_size=8, jobs=1)
+    assert runs == ["vae", "clip", "language", "vision"]
+    record = json.loads((tmp_path / "pretraining" / "vae.json").read_text())
+    assert record["recipe"]["steps"] == PARTS["vae"].recipe.steps / 2
+    assert is_done(place, "vae")
+    assert not is_done(place, "unet")
+
+
+def test_pool_holds_training_look_alikes(pool):
+    assert len(pool) == 32
+    assert all(belongs(scene, "train") for scene in pool.scenes)
+    same = torch.equal(pool.pixels_N3SS, make_pool(32, seed=3).pixels_N3SS)
+    assert same and not torch.equal(pool.pixels_N3SS, make_pool(32, seed=4).pixels_N3SS)
+    numbers = pool.draw_groups(torch.Generator().manual_seed(0), 16)
+    assert sorted(numbers)[:GROUP] == [min(numbers) + place for place in range(GROUP)]
+    captions = pool.captions(numbers, torch.Generator().manual_seed(0))
+    assert [read_attributes(text)["colour"] for text in captions] == [
+        pool.scenes[number].main.colour for number in numbers
+    ]
+
+
+def test_examples_write_each_picture_out_in_words(folder):
+    writer = PictureWriter(load_tokenizer(folder / "llama"))
+    rng = seeded(0, "train", "examples")
+    for make in (lambda rng, _: describe_example(rng), caption_example, story_example, dialogue_example):
+        for _ in range(30):
+            example = make(rng, writer.voken_text)
+            assert example.prompt.count("<ImageHere>") == len(example.inputs)
+            assert example.response.count("[IMG0]") == len(example.outputs)
+            ids = writer.prompt_ids(example, rng) + writer.response_ids(example, rng)
+            assert max(ids) < writer.tokenizer.base_size
+            text = writer.tokenizer.decode(ids)
+            assert text.endswith("###")
+            shown = len(example.inputs) + len(example.outputs)
+            assert text.replace("<Img>ImageContent", "").count("<Img>") == shown
+
+
+@torch.no_grad()
+def test_scorer_trains_on_short_texts_and_stored_rows_alone(folder):
+    import open_clip
+
+    models = build_foundations(300, 520, seed=1)
+    ids = open_clip.SimpleTokenizer(context_length=CLIP["model_cfg"]["text_cfg"]["context_length"])(TEXTS)
+    expected = models.clip.encode_text(ids)
+    pairs = ContrastivePairs(models.vision, models.text_encoder, models.clip, CLIP_TOKEN_ROWS)
+    torch.testing.assert_close(encode_short_text(pairs.scorer, ids[:, :12]), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pairs.finished_scorer().encode_text(ids), expected)
+
+
+def test_contrastive_loss_is_that_of_open_clip():
+    from open_clip.loss import ClipLoss
+
+    pictures, texts = (torch.nn.functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
+    scale = torch.tensor(1.5)
+    expected = ClipLoss()(pictures, texts, scale.exp())
+    torch.testing.assert_close(contrastive_loss(3 * pictures, texts, scale), expected)
+
+
+def test_descriptions_are_compared_with_either_thing():
+    data = HeldOut.draw(40, seed=0)
+    for scene, text in zip(data.scenes, data.captions, strict=True):
+        assert names_all(text, scene)
+        assert not names_all(text, replace(scene, background="sky" if scene.background != "sky" else "sand"))
+    assert not names_all("", data.scenes[0])
+
+
+def test_evaluate_prints_floors_and_names_what_is_not_met(folder, capsys):
+    code = main(["evaluate", "--weights", str(folder), "--parts", "clip", "--count", "100"])
+    printed = capsys.readouterr()
+    assert code == 1
+    assert "retrieval: top-1 of 100" in printed.out
+    assert "floor  95%   NOT MET" in printed.out
+    assert printed.err == "floors not met: retrieval: top-1 of 100\n"
+    assert Measure("vae", "x", 0.99, 0.99).met
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--count", "150"], "--count 150: give a multiple of 100"),
+        (["evaluate", "--weights", "nowhere"], "--weights nowhere: no such folder"),
+        (["pretrain", "--out", "x", "--scale", "0"], "--scale 0.0 --pictures 12000: give numbers above 0"),
+        (["pretrain", "--out", "x", "--jobs", "0"], "--jobs 0: give at least 1"),
+        (["pretrain", "--out", os.devnull], "cannot be made a folder"),
+    ],
+)
+def test_bad_flags_are_one_clear_error(arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(arguments)
