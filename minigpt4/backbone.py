@@ -98,9 +98,18 @@ def load_backbone(config: BackboneConfig, dtype: torch.dtype = torch.float32) ->
 
 
 def _fill_random(model: MiniGPT4, config: BackboneConfig, dtype: torch.dtype) -> None:
-    """Give random weights to the parts that no file was configured for."""
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return
-    random = MiniGPT4(config, model.language_model).to(dtype).state_dict()
-    missing = {key: random[key] for key, value in model.state_dict().items() if value.is_meta}
-    model.load_state_dict(missing, strict=False, assign=True)
+    """Give random weights to the parts that no file was configured for, and to no other."""
+    without_file = {
+        "vision.": config.vision.weights is None,
+        "qformer.": config.qformer.weights is None,
+        "projection.": config.projection_weights is None,
+    }
+    unloaded = [key for key, value in model.state_dict().items() if value.is_meta]
+    allowed = tuple(part for part, is_random in without_file.items() if is_random)
+    left = [key for key in unloaded if not key.startswith(allowed)]
+    # a LAVIS ViT has its ln_vision from the Q-Former's file, which may be the one that is not configured
+    left = [key for key in left if not (without_file["qformer."] and "post_layernorm" in key)]
+    assert not left, f"loaded files left {left} empty"
+    if unloaded:
+        random = MiniGPT4(config, model.language_model).to(dtype).state_dict()
+        model.load_state_dict({key: random[key] for key in unloaded}, strict=False, assign=True)

@@ -1,6 +1,5 @@
 """LLaMA-family language model: built from its configuration or loaded from a Hugging Face folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from transformers.utils import logging as transformers_logging
 from minigpt4.config import LanguageModelConfig
 from minigpt4.errors import InputError
 from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
-from minigpt4.weights import KeyReport, matches, raise_for_keys, resolve_source
+from minigpt4.weights import KeyReport, matches, raise_for_keys, read_json, resolve_source
 
 FLAG = "model.backbone.language_model"
+ADDED_FILE = "added_tokens.json"
 
 # Old files store the rotary frequencies, which transformers computes.
 _IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -48,9 +48,14 @@ def load_language_model(
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = LlamaForCausalLM.from_pretrained(
-            folder, config=architecture, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder,
+            config=architecture,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below with their names
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged file raises nearly anything here, SafetensorError to IndexError
         raise InputError(f"{FLAG}.weights: {folder}: cannot be loaded: {error}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -69,15 +74,30 @@ def load_language_model(
 
 
 def load_tokenizer(folder: Path) -> LlamaTokenizer:
-    """Load a LLaMA folder's SentencePiece tokenizer with its maximum length."""
-    return LlamaTokenizer(folder / MODEL_FILE, _max_length(folder))
+    """Load a LLaMA folder's SentencePiece tokenizer with its maximum length and the tokens the folder adds.
+
+    Raises:
+        InputError: a file is missing or malformed, or the folder already adds a voken.
+    """
+    path = folder / ADDED_FILE
+    added = read_json(path, FLAG) if path.is_file() else {}
+    vokens = [token for token in added if token.startswith("[IMG") or token == "<ImageHere>"]
+    if vokens:
+        raise InputError(f"{path}: already has {', '.join(vokens)}; give an unmodified LLaMA folder")
+    tokenizer = LlamaTokenizer(folder / MODEL_FILE, _max_length(folder))
+    behind = [token for token in added if tokenizer.token_to_id(token) != added[token]]
+    tokenizer.add_tokens(sorted(behind, key=lambda token: added[token]))
+    wrong = [token for token in behind if tokenizer.token_to_id(token) != added[token]]
+    if wrong:
+        raise InputError(f"{path}: {', '.join(wrong)} do not follow the vocabulary of {MODEL_FILE} without a gap")
+    return tokenizer
 
 
 def _max_length(folder: Path) -> int | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    length = json.loads(path.read_text(encoding="utf-8")).get("model_max_length")
+    length = read_json(path, FLAG).get("model_max_length")
     # transformers writes a huge number where there is no limit
     return int(length) if length is not None and length < 10**9 else None
 
@@ -86,7 +106,7 @@ def _read_architecture(folder: Path, config: LanguageModelConfig) -> LlamaConfig
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{FLAG}.weights: {folder}: has no config.json; give a Hugging Face LLaMA folder")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path, FLAG)
     if values.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {values.get('model_type')!r}, expected 'llama'")
     architecture = LlamaConfig.from_pretrained(folder)

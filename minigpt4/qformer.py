@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from minigpt4.config import QFormerConfig
+from minigpt4.vision import NOT_VISION
 from minigpt4.weights import FileKind, KeyReport, folder_tensors, load_state, read_state, resolve_source
 
 FLAG = "model.backbone.qformer.weights"
@@ -43,7 +44,10 @@ class QFormer(nn.Module):
 def load_qformer(
     qformer: QFormer, ln_vision: nn.LayerNorm, config: QFormerConfig, dtype: torch.dtype
 ) -> KeyReport:
-    """Load a LAVIS file, which also holds ``ln_vision``, or a Hugging Face BLIP-2 folder, which does not.
+    """Load a LAVIS file, which also holds ``ln_vision``, or a Hugging Face BLIP-2 folder.
+
+    A folder's ``ln_vision`` belongs to its vision model and came with that; only where the vision weights are
+    LAVIS's, which lack it, is it taken from here.
 
     Raises:
         InputError: missing file, keys or shapes that do not fit.
@@ -51,9 +55,9 @@ def load_qformer(
     assert config.weights is not None
     source = resolve_source(config.weights, FLAG)
     is_folder = source.is_dir()
-    state = dict(folder_tensors(source, FLAG)) if is_folder else read_state(source, FLAG)
+    state = dict(folder_tensors(source, FLAG, NOT_VISION)) if is_folder else read_state(source, FLAG)
     target = nn.ModuleDict({"qformer": qformer})
-    if not is_folder:
+    if not is_folder or ln_vision.weight.is_meta:
         target["ln_vision"] = ln_vision
     return load_state(target, state, _kind(source), str(source), dtype)
 
@@ -82,6 +86,8 @@ def _kind(source: Path) -> FileKind:
 def _rename_hugging_face(key: str) -> str | None:
     if key == "query_tokens":
         return "qformer.query_tokens"
+    if key.startswith("vision_model.post_layernorm."):
+        return key.replace("vision_model.post_layernorm", "ln_vision")
     return f"qformer.model.{key.removeprefix('qformer.')}" if key.startswith("qformer.") else None
 
 

@@ -24,6 +24,10 @@ class LlamaTokenizer:
 
     Padding uses the end-of-sequence token, as in MiniGPT-4.
 
+    Args:
+        model_file: ``tokenizer.model`` of a LLaMA folder.
+        max_length: ids are cut to it; None does not cut.
+
     Raises:
         InputError: ``model_file`` is missing or is no SentencePiece model.
     """

@@ -19,6 +19,8 @@ LN_VISION_EPS = 1e-5
 """LAVIS's ``ln_vision`` keeps torch's default, while the ViT's own layer norms use 1e-6."""
 
 FLAG = "model.backbone.vision.weights"
+NOT_VISION = ("language_model.", "language_projection.")
+"""What a Hugging Face BLIP-2 folder holds besides its vision parts."""
 
 _LAVIS_NAMES = {
     "norm1": "layer_norm1",
@@ -75,7 +77,7 @@ def load_vision(encoder: VisionEncoder, config: VisionConfig, dtype: torch.dtype
     """
     assert config.weights is not None
     source = resolve_source(config.weights, FLAG)
-    state = dict(folder_tensors(source, FLAG)) if source.is_dir() else read_state(source, FLAG)
+    state = dict(folder_tensors(source, FLAG, NOT_VISION)) if source.is_dir() else read_state(source, FLAG)
     if source.is_dir() or any(key.startswith("vision_model.") for key in state):
         kind = _hugging_face_kind()
     else:

@@ -4,13 +4,15 @@ Loading never succeeds silently into garbage: a file kind lists the keys it may 
 and the keys it may lack; every other difference, and every wrong shape, is an error that names file and keys.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class KeyReport:
         if self.ignored:
             text += f", {len(self.ignored)} expected extras ignored"
         if self.absent:
-            text += f", {len(self.absent)} left as they were"
+            text += f", {len(self.absent)} left as they were ({', '.join(_short(self.absent))})"
         return "; ".join([text, *self.notes])
 
 
@@ -139,6 +141,7 @@ def load_state(
         raise InputError(
             f"{path}: sizes differ from the configuration's ({kind.name}):\n  " + "\n  ".join(_short(shapes))
         )
+    raise_for_values(path, found)
     module.load_state_dict(found, strict=False, assign=True)
     return report
 
@@ -153,6 +156,13 @@ def raise_for_keys(path: str, kind: str, missing: list[str], unexpected: list[st
     if unexpected:
         lines.append(f"  {len(unexpected)} keys unexpected: {', '.join(_short(unexpected))}")
     raise InputError("\n".join(lines))
+
+
+def raise_for_values(path: str, state: Mapping[str, Tensor]) -> None:
+    """Raise an :class:`InputError` naming the tensors that hold NaN or infinity, if there are any."""
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise InputError(f"{path}: holds NaN or infinity in {', '.join(_short(bad))}; the file is damaged")
 
 
 def matches(key: str, patterns: tuple[str, ...]) -> bool:
@@ -186,8 +196,30 @@ def resolve_source(source: str, flag: str) -> Path:
         ) from None
 
 
-def folder_tensors(folder: Path, flag: str) -> Iterator[tuple[str, Tensor]]:
+def read_json(path: Path, flag: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{flag}: {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{flag}: {path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{flag}: {path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def folder_tensors(folder: Path, flag: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a Hugging Face folder, shard by shard: safetensors if there are any, else bin.
+
+    Args:
+        folder: the folder.
+        flag: named in messages.
+        skip: key prefixes that are not read, such as a language model of tens of gigabytes.
 
     Raises:
         InputError: the folder holds no weight files.
@@ -196,7 +228,16 @@ def folder_tensors(folder: Path, flag: str) -> Iterator[tuple[str, Tensor]]:
     if not files:
         raise InputError(f"{flag}: {folder}: holds neither *.safetensors nor pytorch_model*.bin")
     for file in files:
-        yield from read_state(file, flag).items()
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for key in tensors.keys():  # noqa: SIM118 - not a dictionary
+                        if not key.startswith(skip):
+                            yield key, tensors.get_tensor(key)
+            except SafetensorError as error:
+                raise InputError(f"{flag}: {file}: not a readable safetensors file: {error}") from None
+        else:
+            yield from ((key, value) for key, value in read_state(file, flag).items() if not key.startswith(skip))
 
 
 def _download(address: str, flag: str) -> Path:

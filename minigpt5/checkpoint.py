@@ -19,7 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt4.errors import InputError
-from minigpt4.weights import KeyReport, State, folder_tensors, raise_for_keys, read_state, read_torch_file
+from minigpt4.weights import (
+    KeyReport,
+    State,
+    folder_tensors,
+    raise_for_keys,
+    raise_for_values,
+    read_state,
+    read_torch_file,
+)
 from minigpt5.checkpoint_layouts import BASE, Checkpoint, from_published, published_stage, to_published
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, PathsConfig, Stage
@@ -66,6 +74,8 @@ def read_checkpoint(path: Path, new_tokens: int, flag: str = "checkpoint") -> Ch
     """
     if path.is_dir():
         return _read_folder(path, flag)
+    if path.suffix == ".safetensors" and (path.parent / META_FILE).is_file():
+        raise InputError(f"{flag}: {path}: is part of a checkpoint folder; give the folder {path.parent}")
     state = read_state(path, flag)
     content = read_torch_file(path, flag)
     meta = {key: value for key, value in content.items() if key != "state_dict"}
@@ -139,6 +149,7 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
     ]
     if wrong:
         raise InputError(f"{flag} {path}: sizes differ from the configuration's:\n  " + "\n  ".join(wrong[:8]))
+    raise_for_values(str(path), checkpoint.tensors)
     with torch.no_grad():
         for key, value in found.items():
             parameters[key].copy_(value)
@@ -209,6 +220,10 @@ def convert(
         InputError: unreadable source, or frozen rows that are needed and nowhere to be found.
     """
     checkpoint = read_checkpoint(source, new_tokens)
+    if to == "ours" and target.is_file():
+        raise InputError(f"{target}: is a file; our layout is a folder, so name a folder to write")
+    if to == "published" and target.is_dir():
+        raise InputError(f"{target}: is a folder; the published layout is a file, so name a file to write")
     base = _base_rows(language_model, stage1, new_tokens, checkpoint)
     if to == "ours":
         write_folder(checkpoint, target, base)

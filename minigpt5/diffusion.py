@@ -26,10 +26,13 @@ from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPToken
 from transformers.utils import logging as transformers_logging
 
 from minigpt4.errors import InputError
-from minigpt4.weights import resolve_source
+from minigpt4.weights import KeyReport, matches, raise_for_keys, resolve_source
 from minigpt5.config import DiffusionConfig, GenerationConfig
 
 FLAG = "model.diffusion.weights"
+CLASSES: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+EXPECTED_EXTRAS = (r"(text_model\.)?embeddings\.position_ids",)
+"""Buffers that older files store and current classes compute."""
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
@@ -305,11 +308,13 @@ def build_diffusion(config: DiffusionConfig) -> StableDiffusion:
     )
 
 
-def load_diffusion(config: DiffusionConfig, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    """Load a diffusers Stable Diffusion folder or hub id.
+def load_diffusion(
+    config: DiffusionConfig, dtype: torch.dtype = torch.float32
+) -> tuple[StableDiffusion, list[KeyReport]]:
+    """Load a diffusers Stable Diffusion folder or hub id, with what became of its keys.
 
     Raises:
-        InputError: a component is missing or cannot be loaded.
+        InputError: a component is missing, cannot be loaded, or has keys too many or too few.
     """
     assert config.weights is not None
     folder = resolve_source(config.weights, FLAG)
@@ -317,18 +322,39 @@ def load_diffusion(config: DiffusionConfig, dtype: torch.dtype = torch.float32) 
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise InputError(f"{FLAG}: {folder}: lacks {', '.join(missing)}; give a Stable Diffusion diffusers folder")
-    loaded: dict[str, Any] = {}
-    classes: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()  # its own key warnings; the reports replace them
     transformers_logging.disable_progress_bar()
-    for part, component in classes.items():
-        arguments = {"dtype": dtype} if part == "text_encoder" else {"torch_dtype": dtype}
-        try:
-            loaded[part] = component.from_pretrained(folder / part, local_files_only=True, **arguments)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{FLAG}: {folder / part}: cannot be loaded: {error}") from None
-    scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-    return StableDiffusion(**loaded, scheduler=scheduler, tokenizer=load_clip_tokenizer(folder / "tokenizer"))
+    loaded, reports = {}, []
+    for part, component in CLASSES.items():
+        loaded[part], report = _load_component(component, folder / part, dtype)
+        reports.append(report)
+    try:
+        loaded["scheduler"] = PNDMScheduler.from_pretrained(folder / "scheduler")
+        loaded["tokenizer"] = load_clip_tokenizer(folder / "tokenizer")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{FLAG}: {folder}: scheduler or tokenizer cannot be loaded: {error}") from None
+    return StableDiffusion(**loaded), reports
+
+
+def _load_component(component: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, KeyReport]:
+    """Load one model of the folder; a key too many or too few is an error, not a random tensor."""
+    kind = f"Stable Diffusion {component.__name__}"
+    argument = "dtype" if component is CLIPTextModel else "torch_dtype"
+    logger = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = component.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **{argument: dtype}
+        )
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"{FLAG}: {folder}: cannot be loaded as {kind}: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(logger)
+    unexpected = sorted(key for key in info["unexpected_keys"] if not matches(key, EXPECTED_EXTRAS))
+    raise_for_keys(str(folder), kind, sorted(info["missing_keys"]), unexpected)
+    if info["mismatched_keys"]:
+        raise InputError(f"{FLAG}: {folder}: sizes differ from config.json: {info['mismatched_keys']}")
+    return model, KeyReport(str(folder), kind, loaded=sorted(model.state_dict()))
 
 
 def load_clip_tokenizer(folder: Path) -> CaptionTokenizer:

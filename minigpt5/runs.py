@@ -111,6 +111,8 @@ def load_model(config: RunConfig, hardware: Hardware) -> MiniGPT5:
     if hardware.gpus:
         torch.set_float32_matmul_precision("high")
     model = build_model(config.model, config.loss, config.stage, hardware.frozen_dtype)
+    for report in model.reports:
+        print(report, file=sys.stderr)
     for flag, path in _checkpoints(config).items():
         stage = Stage.ALIGNMENT if flag == "--stage1_weight" else config.stage
         if path.parent == config.paths.bundled_checkpoints:

@@ -19,6 +19,29 @@ class Row:
     tolerance: float
     equal: bool
     note: str = ""
+    compared: bool = True
+    """False for a recorded value that nothing is compared with; the note says why."""
+
+
+def not_compared(group: str, name: str, why: str) -> Row:
+    """Return the row of a recorded value that has nothing to be compared with."""
+    return Row(group, name, 0.0, 0.0, 0.0, True, why, compared=False)
+
+
+class Recorded(dict[str, Tensor]):
+    """Recorded tensors that remember which of them were looked at."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def unused(self) -> list[str]:
+        """Return the names nobody asked for."""
+        return [key for key in self if key not in self.used]
 
 
 def compare_tensor(group: str, name: str, ours: Any, reference: Any, tolerance: float) -> Row:

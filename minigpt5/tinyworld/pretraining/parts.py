@@ -151,7 +151,7 @@ def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
 
 def load_folder_diffusion(folder: Path) -> StableDiffusion:
     """Load the folder's Stable Diffusion."""
-    return load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=PICTURE_SIZE))
+    return load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=PICTURE_SIZE))[0]
 
 
 def load_folder_backbone(folder: Path) -> LoadedBackbone:

@@ -3,6 +3,7 @@
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from minigpt5.config import DataConfig
 from minigpt5.data.collate import collate
 from minigpt5.data.encode import Encoder
-from minigpt5.data.loading import EpochSampler, ResumableLoader, SampleDataset, flip_generator
+from minigpt5.data.loading import EpochSampler, ResumableLoader, SampleDataset, flip_generator, sample_lengths
 from minigpt5.data.readers import open_index
 from minigpt5.data.types import Split
 from minigpt5.images import input_transform, output_transform
@@ -161,3 +162,63 @@ def test_lightning_resumes_with_the_samples_not_yet_seen(dataset, tmp_path, stop
     before = fit(dataset, tmp_path, Recorder(stop_after))
     after = fit(dataset, tmp_path, Recorder(), str(tmp_path / "mid.ckpt"))
     assert before[:stop_after] + after == whole
+
+
+LENGTHS = np.array([3, 50, 7, 20, 90, 4, 60, 22, 8, 55, 21, 80])
+
+
+def batches_of(epoch=0, processes=1, rank=0, lengths=LENGTHS):
+    """One process's batches of two."""
+    sampler = EpochSampler(
+        range(len(lengths)),
+        seed=5,
+        shuffle=True,
+        num_processes=processes,
+        rank=rank,
+        lengths=lengths,
+        batch_size=2,
+    )
+    sampler.set_epoch(epoch)
+    numbers = [number for _, number in sampler]
+    return [numbers[start : start + 2] for start in range(0, len(numbers), 2)]
+
+
+def test_buckets_hold_every_sample_once_and_little_padding():
+    batches = batches_of()
+    assert sorted(number for batch in batches for number in batch) == list(range(12))
+    spread = [abs(int(LENGTHS[first]) - int(LENGTHS[second])) for first, second in batches]
+    assert sorted(spread) == [1, 1, 1, 5, 10, 28]  # the neighbours of the sorted lengths
+    assert batches != batches_of(epoch=1)
+    assert batches == batches_of()
+
+
+def test_processes_share_buckets_and_take_similar_lengths_at_each_step():
+    first, second = batches_of(processes=2, rank=0), batches_of(processes=2, rank=1)
+    assert sorted(number for batch in first + second for number in batch) == list(range(12))
+    for ours, theirs in zip(first, second, strict=True):
+        step = LENGTHS[[*ours, *theirs]]
+        order = sorted(LENGTHS)
+        start = order.index(step.min())
+        assert sorted(step) == order[start : start + 4]
+
+
+def test_a_bucketed_epoch_that_does_not_divide_is_filled_up_and_its_partial_batch_comes_last():
+    lengths = LENGTHS[:11]
+    first, second = (batches_of(processes=2, rank=rank, lengths=lengths) for rank in (0, 1))
+    assert [len(batch) for batch in first] == [len(batch) for batch in second] == [2, 2, 2]
+    numbers = [number for batch in first + second for number in batch]
+    assert len(numbers) == 12 and set(numbers) == set(range(11))
+    (*full, last) = batches_of(lengths=lengths)
+    assert [len(batch) for batch in full] == [2] * 5 and len(last) == 1
+
+
+def test_a_bucketed_loader_goes_on_where_it_was_left(dataset):
+    lengths = sample_lengths(dataset.index, picture_length=32)
+    assert len(lengths) == len(dataset) and lengths.min() > 0
+    whole = ids_of(make_loader(dataset, lengths=lengths))
+    loader = make_loader(dataset, lengths=lengths)
+    batches = iter(loader)
+    seen = [sample.id for _ in range(2) for sample in next(batches).samples]
+    resumed = make_loader(dataset, lengths=lengths)
+    resumed.load_state_dict(loader.state_dict())
+    assert seen + ids_of(resumed) == whole

@@ -70,6 +70,17 @@ def test_hugging_face_blip2_folder_gives_the_same_encoder(config, tmp_path):
     torch.testing.assert_close(hugging_face.encode_images(pixels), lavis.encode_images(pixels))
 
 
+def test_lavis_vit_with_a_hugging_face_qformer_takes_ln_vision_from_the_folder(config, tmp_path):
+    lavis = load_backbone(config).model
+    state = {f"vision_model.{key}": value for key, value in lavis.vision.model.state_dict().items()}
+    state |= {f"qformer.{key}": value for key, value in lavis.qformer.model.state_dict().items()}
+    state |= {"query_tokens": lavis.qformer.query_tokens.data}
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    mixed = load_backbone(with_qformer(config, weights=str(tmp_path))).model
+    pixels = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(mixed.encode_images(pixels), lavis.encode_images(pixels))
+
+
 def test_positions_are_interpolated_to_another_picture_size(config):
     larger = with_vision(config, image_size=84).vision
     encoder = VisionEncoder(larger)
@@ -174,3 +185,55 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"some-org/some-model.*download it and give its folder"):
         resolve_source("some-org/some-model", "model.backbone.vision.weights")
+
+
+def add_tokens_file(folder: Path, added: dict[str, int], rows: int) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    state = load_file(folder / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[key] = torch.cat([state[key], torch.zeros(rows, state[key].shape[1])])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": 600 + rows}))
+
+
+def test_a_padding_token_of_the_folder_keeps_its_id(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    add_tokens_file(folder, {"<s>": 1, "[PAD]": 600}, 1)
+    tokenizer = load_backbone(with_llama(config, folder)).tokenizer
+    assert len(tokenizer) == 601
+    assert 600 in tokenizer.encode("a [PAD] b")
+    assert tokenizer.add_tokens(["[IMG0]"]) == [601]
+
+
+def test_a_folder_that_already_has_vokens_is_refused(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    add_tokens_file(folder, {"[IMG0]": 600, "<ImageHere>": 601}, 2)
+    with pytest.raises(InputError, match=r"added_tokens\.json: already has \[IMG0\], <ImageHere>"):
+        load_backbone(with_llama(config, folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_damaged_files_of_a_llama_folder_are_named(config, tmp_path, name):
+    folder = copy_llama(tmp_path)
+    (folder / name).write_bytes(b"\x10{ not json")
+    with pytest.raises(InputError, match="llama"):
+        load_backbone(with_llama(config, folder))
+
+
+def test_wrong_shapes_of_a_llama_folder_are_named(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"][:-1].clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        load_backbone(with_llama(config, folder))
+
+
+def test_values_that_are_no_numbers_are_refused(config, tmp_path):
+    state = read_state(FIXTURE / "minigpt4.pth")
+    state = {key: value.clone() for key, value in state.items()}
+    state["llama_proj.bias"][3] = float("nan")
+    torch.save({"model": state}, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match=r"nan\.pth: holds NaN or infinity in bias"):
+        load_backbone(dataclasses.replace(config, projection_weights=str(tmp_path / "nan.pth")))

@@ -169,6 +169,23 @@ def test_other_files_are_refused(tmp_path):
             read_checkpoint(path, 9, "--test_weight")
 
 
+def test_targets_of_the_other_kind_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="name a folder to write"):
+        convert(FIXTURE / "stage1.ckpt", tmp_path / "file", to="ours", new_tokens=9)
+    with pytest.raises(InputError, match="name a file to write"):
+        convert(FIXTURE / "stage1.ckpt", tmp_path, to="published", new_tokens=9)
+    convert(FIXTURE / "stage1.ckpt", tmp_path / "ours", to="ours", new_tokens=9)
+    with pytest.raises(InputError, match="give the folder"):
+        read_checkpoint(tmp_path / "ours" / "trainable.safetensors", 9)
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    path = broken(tmp_path, 1, lambda state: state["t2i_decoder_prompt"].fill_(float("nan")))
+    with pytest.raises(InputError, match=r"NaN or infinity in mapper\.queries"):
+        load_checkpoint(build(Stage.ALIGNMENT), path, Stage.ALIGNMENT, "--test_weight")
+
+
 def test_pickled_code_is_not_run(tmp_path):
     torch.save({"state_dict": {"x": Path("/")}}, tmp_path / "evil.ckpt")
     with pytest.raises(InputError, match="not a readable weight file"):

@@ -93,7 +93,7 @@ def test_several_pictures_in_one_reply(model, monkeypatch):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_forcing_works_whatever_the_sign_of_the_scores(sign):
     logits = sign * torch.rand(20).add(0.5)
-    scores = choose_scores(logits, [1], GenerationConfig(), forced=7)
+    (scores,) = choose_scores(logits[None], [[1]], GenerationConfig(), forced=[7])
     assert int(scores.argmax()) == 7
     assert torch.softmax(scores, -1)[7] == 1.0
 

@@ -38,9 +38,7 @@ def test_running_constant_positions_without_a_graph_changes_no_gradient():
     fixture = StageFixture(FIXTURES, 1)
     lengths = []
     layer = fixture.model.backbone.language_model.model.layers[0]
-    layer.register_forward_pre_hook(
-        lambda _, args: lengths.append((args[0].shape[1], torch.is_grad_enabled()))
-    )
+    layer.register_forward_pre_hook(lambda _, args: lengths.append((args[0].shape[1], torch.is_grad_enabled())))
     split = gradients(fixture)
     # A frozen language model is recognised by its parameters; one that trains makes every position depend on it.
     norm = fixture.model.backbone.language_model.model.norm.weight.requires_grad_(True)

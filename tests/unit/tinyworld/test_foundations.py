@@ -80,7 +80,7 @@ def test_files_hold_the_extras_of_the_real_ones(saved):
 @torch.no_grad()
 def test_saved_diffusion_folder_loads_and_computes_the_same(saved):
     models, folder = saved
-    loaded = load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=64))
+    loaded, _ = load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=64))
     condition = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(0))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([10])
