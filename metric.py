@@ -1,12 +1,12 @@
 """Score predictions: ``python3 metric.py --test_weight stage1_cc3m.ckpt`` after train_eval.py has made them."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4.errors import InputError
+from minigpt5.arguments import FlagParser, parse_assignment, unknown_flags
 from minigpt5.cli import run_command
 from minigpt5.config import load_config
 from minigpt5.predictions import Prediction, read_predictions, run_folder
@@ -16,15 +16,20 @@ DATASETS = ("cc3m", "vist", "mmdialog")
 
 def main(argv: Sequence[str]) -> None:
     """Read the prediction store, score it, and write results.json, results_dict.json and report.html into it."""
-    parser = argparse.ArgumentParser(prog="metric.py", description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
+    parser = FlagParser(prog="metric.py", description=__doc__, allow_abbrev=False)
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--test_weight", type=Path, help="checkpoint the predictions were made with")
     which.add_argument("--predictions", type=Path, help="prediction folder, instead of --test_weight")
     parser.add_argument("--config", type=Path, help="YAML file (default: MINIGPT5_CONFIG, else the paper's model)")
     parser.add_argument("--dataset", choices=DATASETS, help="suite of scores (default: the predictions' data set)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
-    arguments = parser.parse_args(argv)
-    config = load_config(arguments.config, {}, os.environ)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(unknown_flags(parser, unknown))
+    if arguments.test_weight is None and arguments.predictions is None:
+        raise InputError("give --test_weight (the checkpoint predictions were made with) or --predictions FOLDER")
+    config = load_config(arguments.config, dict(map(parse_assignment, arguments.set)), os.environ)
     paths = config.paths
     folder = arguments.predictions or run_folder(paths.outputs, arguments.test_weight, paths.output_suffix)
     predictions = read_predictions(folder)

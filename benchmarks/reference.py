@@ -9,7 +9,7 @@ P pictures, L queries a picture.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,21 @@ from minigpt5.vokens import IGNORE_INDEX
 
 
 class ReferenceModel(nn.Module):
-    """The published model's way of computing, with a copy of ``model``'s parts and weights."""
+    """The published model's way of computing, with ``model``'s parts and weights.
 
-    def __init__(self, model: MiniGPT5) -> None:
+    Args:
+        model: ours.
+        take: use its parts themselves, which spoils it, instead of copies: for measuring memory.
+    """
+
+    def __init__(self, model: MiniGPT5, *, take: bool = False) -> None:
         super().__init__()
         self.ids, self.tokenizer, self.config = model.voken_ids, model.tokenizer, model.config
         self.loss_config = model.loss_config
-        self.backbone = copy.deepcopy(model.backbone)
+        self.backbone, self.mapper = model.backbone, model.mapper
+        if not take:
+            self.backbone, self.mapper = copy.deepcopy(model.backbone), copy.deepcopy(model.mapper)
         self.diffusion = model.diffusion
-        self.mapper = copy.deepcopy(model.mapper)
         for part in (self.backbone.language_model, self.backbone.vision.model, self.backbone.qformer.model):
             part.set_attn_implementation("eager")
         llama = self.backbone.language_model
@@ -46,7 +52,7 @@ class ReferenceModel(nn.Module):
         self.head = _whole_matrix(llama.get_output_embeddings().weight[:base], model.rows.head)
         llama.get_input_embeddings().weight = self.embedding
         llama.get_output_embeddings().weight = self.head
-        llama.config.vocab_size = len(self.embedding)
+        llama.get_input_embeddings().num_embeddings = llama.config.vocab_size = len(self.embedding)
         is_new = torch.arange(len(self.embedding), device=self.embedding.device)[:, None] >= base
         self.register_buffer("embedding_mask", is_new * torch.ones_like(self.embedding))
         self.register_buffer("head_mask", is_new * torch.ones_like(self.head))
@@ -88,10 +94,13 @@ class ReferenceModel(nn.Module):
         moments = self.diffusion.encode_pixels(batch.output_pixels_O3HW)
         latents = self.diffusion.sample_latents(moments, draws.diffusion.posterior_RCHW.to(moments.device))
         image = self.diffusion.loss(condition, latents, draws.diffusion, self.loss_config.min_snr_gamma)
+        weights = self.loss_config
+        total = weights.text_weight * text + weights.image_weight * image
+        if not weights.caption_weight:
+            return total
         kept = ["" if drop else text for text, drop in zip(captions, draws.drop_R.tolist(), strict=True)]
         caption = F.mse_loss(condition, self.diffusion.encode_captions(kept).float())
-        weights = self.loss_config
-        return weights.text_weight * text + weights.image_weight * image + weights.caption_weight * caption
+        return total + weights.caption_weight * caption
 
     def assemble(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Put pictures into the prompts sample by sample, then pad; returns embeddings, mask and labels."""
@@ -108,7 +117,7 @@ class ReferenceModel(nn.Module):
         masks = [torch.arange(longest, device=labels[0].device) < len(embeds) for embeds, _ in rows]
         return torch.stack(embeds), torch.stack(masks).long(), torch.stack(labels)
 
-    def _assemble_one(self, ids_T: Tensor, labels_T: Tensor, pictures: "iter[Tensor]") -> tuple[Tensor, Tensor]:  # type: ignore[valid-type]
+    def _assemble_one(self, ids_T: Tensor, labels_T: Tensor, pictures: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         bos = ids_T.new_tensor([self.tokenizer.bos_id])
         embeds = [self.embed(bos)]
         labels = [labels_T.new_tensor([IGNORE_INDEX])]
@@ -216,9 +225,3 @@ def training_step(
     optimizer.zero_grad()
     clock.lap("optimizer")
     return float(loss.detach()), clock.phases
-
-
-def encode_one_by_one(pictures: Sequence[Image.Image], transform: object, network: object) -> Tensor:
-    """Encode pictures one at a time."""
-    with torch.no_grad():
-        return torch.cat([network(transform(picture)[None]) for picture in pictures])  # type: ignore[operator]

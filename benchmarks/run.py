@@ -44,9 +44,7 @@ def main() -> None:
         sys.exit("error: --preset 7b: needs a GPU; on a CPU take --preset mid")
     for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
         module = importlib.import_module(f"benchmarks.{suite}")
-        settings = harness.Settings(
-            suite, arguments.preset, arguments.repeats, arguments.seed, device, threads
-        )
+        settings = harness.Settings(suite, arguments.preset, arguments.repeats, arguments.seed, device, threads)
         if arguments.alone:
             print(json.dumps(module.measure_alone(settings, arguments.alone)))
             continue

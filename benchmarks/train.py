@@ -1,8 +1,5 @@
 """Training steps: seconds by phase, samples a second, peak memory, and the state the trained rows carry."""
 
-import dataclasses
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,7 +31,9 @@ def _measure_stage(report: Report, name: str, stage: Stage) -> None:
     settings = report.settings
     paths = _Paths(settings, stage)
     report.equal.append(f"{name}: " + paths.check_equal())
-    medians = alternate({"reference": paths.reference, "live": paths.live, "cached": paths.cached}, settings.repeats)
+    medians = alternate(
+        {"reference": paths.reference, "live": paths.live, "cached": paths.cached}, settings.repeats
+    )
     published, live, cached = medians["reference"], medians["live"], medians["cached"]
     for phase in ("forward", "backward", "optimizer", "total"):
         report.add(f"{name} {phase}", "s", published[phase], live[phase])
@@ -44,22 +43,23 @@ def _measure_stage(report: Report, name: str, stage: Stage) -> None:
     report.add(f"{name} feature cache", "samples/s", rates["reference"], rates["cached"], **more)
     report.add(f"{name} cached total", "s", published["total"], cached["total"])
     rows_reference, rows_ours = paths.row_state()
-    report.add(
-        f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE
-    )
-    peaks = {path: in_child(settings, f"{name}:{path}")["peak"] / MEBIBYTE for path in ("reference", "live", "cached")}
-    report.add(f"{name} peak memory, live", "MiB", peaks["reference"], peaks["live"])
-    report.add(f"{name} peak memory, feature cache", "MiB", peaks["reference"], peaks["cached"])
+    report.add(f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE)
+    found = {path: in_child(settings, f"{name}:{path}") for path in ("reference", "live", "cached")}
+    for path, label in (("live", "live"), ("cached", "feature cache")):
+        for key, what in (("peak", "peak memory"), ("beyond_imports", "peak beyond the libraries")):
+            theirs, ours = (found[which][key] / MEBIBYTE for which in ("reference", path))
+            report.add(f"{name} {what}, {label}", "MiB", theirs, ours)
 
 
 def measure_alone(settings: Settings, path: str) -> dict[str, float]:
     """Take a few steps of one path and return the peak memory of the process."""
     name, which = path.split(":")
+    imports = peak_bytes(settings.device)
     paths = _Paths(settings, STAGES[name], only=which)
-    start = peak_bytes(settings.device)
     for _ in range(3):
         getattr(paths, which)()
-    return {"peak": peak_bytes(settings.device), "after_building": start}
+    peak = peak_bytes(settings.device)
+    return {"peak": peak, "beyond_imports": peak - imports}
 
 
 class _Paths:
@@ -77,7 +77,7 @@ class _Paths:
         self.draws = self.model.draw(self.batch, seed=settings.seed, epoch=0, training=True)
         self.optimizer = build_optimizer(self.model, self.training)
         if only in (None, "reference"):
-            self.published = reference.ReferenceModel(self.model)
+            self.published = reference.ReferenceModel(self.model, take=only is not None)
             factor = self.training.mapper_learning_rate_factor if stage is Stage.ALIGNMENT else 1.0
             self.published_optimizer = self.published.optimizer(self.training, factor)
 
@@ -93,7 +93,10 @@ class _Paths:
             ours += [live, cached]
         tolerance = TOLERANCE[self.settings.device.type]
         line = assert_close(f"losses of {EQUAL_STEPS} steps", theirs, ours, tolerance)
-        for whole, rows in ((self.published.embedding, self.model.rows.embedding), (self.published.head, self.model.rows.head)):
+        for whole, rows in (
+            (self.published.embedding, self.model.rows.embedding),
+            (self.published.head, self.model.rows.head),
+        ):
             torch.testing.assert_close(whole[-len(rows) :].detach(), rows.detach(), rtol=1e-2, atol=2e-5)
         return f"{line}, and the trained rows after them"
 

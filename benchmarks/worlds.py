@@ -29,6 +29,8 @@ TINY_WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
 PRESETS = ("tiny", "mid", "7b")
 TEXT_TOKENS = {"tiny": 104, "mid": 104, "7b": 104}
 """Tokens of a training text, before its picture takes its place."""
+SENTENCE_TOKENS = 24
+"""Text of a response in the multimodal stage."""
 
 _MID_LANGUAGE = {
     "vocab_size": 32000,
@@ -66,6 +68,9 @@ def open_world(preset: str, stage: Stage, device: torch.device, seed: int) -> Wo
     name = "tiny.yaml" if preset == "tiny" else "minigpt5_7b.yaml"
     config = load_config(PROJECT_ROOT / "config" / name, {}, {})
     config = dataclasses.replace(config, stage=stage)
+    if stage is Stage.MULTIMODAL:
+        # Stories and dialogues have no captions, so there is no caption loss.
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, caption_weight=0.0))
     if preset == "tiny":
         model = build_model(config.model, config.loss, stage)
     else:
@@ -127,7 +132,9 @@ def _tokenizer(vocabulary: int) -> LlamaTokenizer:
 
 
 def training_batch(world: World, size: int, seed: int, *, lengths: list[int] | None = None) -> Batch:
-    """Return samples with one input and one wanted picture each, and a response of vokens and stop string.
+    """Return samples with one input and one wanted picture each.
+
+    The response is vokens and stop string, behind a sentence in the multimodal stage.
 
     Args:
         world: decides ids and picture sizes.
@@ -138,7 +145,9 @@ def training_batch(world: World, size: int, seed: int, *, lengths: list[int] | N
     model = world.model
     ids = model.voken_ids
     generator = torch.Generator().manual_seed(seed)
-    response = torch.tensor([*ids.vokens, *model.tokenizer.encode("###")])
+    sentence = SENTENCE_TOKENS if model.stage is Stage.MULTIMODAL else 0
+    words = torch.randint(3, model.tokenizer.base_size, (sentence,), generator=generator)
+    response = torch.cat([words, torch.tensor([*ids.vokens, *model.tokenizer.encode("###")])])
     longest = max(lengths or [TEXT_TOKENS[world.preset]])
     input_ids = torch.full((size, longest), model.tokenizer.pad_id)
     labels = torch.full((size, longest), IGNORE_INDEX)

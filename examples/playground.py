@@ -1,4 +1,4 @@
-"""Ask MiniGPT-5 from the command line and get text and pictures back.
+r"""Ask MiniGPT-5 from the command line and get text and pictures back.
 
 Published usage, unchanged, from this folder::
 
@@ -34,11 +34,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog="further flags: python train_eval.py --help",
     )
     parser.add_argument("--prompt", help="question; <ImageHere> marks where a picture belongs (default: a story)")
     parser.add_argument("--images", nargs="+", type=Path, default=[], help="pictures, in the order of their marks")
-    parser.add_argument("--replies", type=int, default=5, help="number of replies, each with its own seed")
+    parser.add_argument("--replies", type=int, default=5, help="replies, each with its own seed (default: 5)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for test_0.png … (default: this one)")
     return parser.parse_known_args(argv)
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     config = resolve_config(parse_arguments(shared), os.environ)
     if config.test_weight is None:
         raise InputError("--test_weight: give the checkpoint to talk to")
+    if own.images and own.prompt is None:
+        raise InputError("--images: needs --prompt; without it the built-in story and its pictures are used")
     for path in own.images:
         if not path.is_file():
             raise InputError(f"--images {path}: no such file")

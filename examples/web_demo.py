@@ -1,4 +1,4 @@
-"""A chat page for MiniGPT-5: write, attach pictures, get text and pictures back.
+r"""A chat page for MiniGPT-5: write, attach pictures, get text and pictures back.
 
     python examples/web_demo.py --config config/tiny.yaml --test_weight stage2_vist.ckpt \
         --stage1_weight stage1_cc3m.ckpt --stage multimodal
@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a flag or file that cannot be used, or gradio is not installed.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
-    parser.add_argument("--port", type=int, default=7860)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve on (default: 7860)")
     parser.add_argument("--share", action="store_true", help="also open a public gradio address")
     own, shared = parser.parse_known_args(argv)
     config = resolve_config(parse_arguments(shared), os.environ)

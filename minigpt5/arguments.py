@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from minigpt4.errors import InputError
-from minigpt5.config import DatasetName, Stage, load_config
+from minigpt5.config import DatasetName, RunConfig, Stage, load_config
 
 PUBLISHED_SNR_GAMMA = 5.0
 
@@ -151,16 +151,17 @@ _OURS = (
 FLAGS: tuple[Flag, ...] = _PUBLISHED + _OURS
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
     """A parser whose errors are the project's own, so that every command line reports them alike."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message as an :class:`InputError`."""
         raise InputError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``train_eval.py``."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="train_eval.py",
         description="Train MiniGPT-5, or generate replies for a test set.",
         epilog=(
@@ -191,7 +192,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     parser = build_parser()
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(_unknown_message(parser, unknown))
+        raise InputError(unknown_flags(parser, unknown))
     values = vars(parsed)
     overrides: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -242,9 +243,22 @@ def resolve_config(arguments: Arguments, environment: Mapping[str, str]) -> Any:
         raise InputError(message) from None
 
 
+def _help_with_default(flag: Flag) -> str:
+    """Return a flag's help with the default of the key it sets; the configuration file may set another."""
+    if not flag.keys or "default:" in flag.help:
+        return flag.help
+    value: Any = RunConfig()
+    for part in flag.keys[0].split("."):
+        value = getattr(value, part)
+    shown = "none" if value in (None, ()) else str(value)
+    if value and isinstance(value, tuple):
+        shown = " ".join(map(str, value))
+    return f"{flag.help} (default: {shown})".replace("%", "%%")
+
+
 def _add(group: argparse._ArgumentGroup, flags: Iterable[Flag]) -> None:
     for flag in flags:
-        options: dict[str, Any] = {"type": flag.parse, "help": flag.help}
+        options: dict[str, Any] = {"type": flag.parse, "help": _help_with_default(flag)}
         if flag.bare is not None:
             options |= {"nargs": "?", "const": flag.bare, "metavar": "True|False"}
         elif flag.many:
@@ -256,7 +270,8 @@ def _add(group: argparse._ArgumentGroup, flags: Iterable[Flag]) -> None:
         group.add_argument(f"--{flag.name}", **options)
 
 
-def _unknown_message(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+def unknown_flags(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """Return what to say of arguments a parser does not know, with the closest flag it does."""
     known = [option for action in parser._actions for option in action.option_strings]
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if not flags:

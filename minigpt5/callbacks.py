@@ -36,17 +36,28 @@ class SamplePictures(Callback):
         self.every_steps = every_steps
         self.generation = generation
         self._last_step = 0
+        self._batch: Batch | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Write a sample when an optimizer step that is due was just made."""
+        self._batch = batch
         step = trainer.global_step
         due = self.every_steps > 0 and step % self.every_steps == 0 and step != self._last_step
         if not due or not trainer.is_global_zero:
             return
+        self._sample(trainer, pl_module, batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write one of the finished model, so that a short run has a sample too."""
+        seen = self._last_step == trainer.global_step
+        if self.every_steps > 0 and trainer.is_global_zero and self._batch is not None and not seen:
+            self._sample(trainer, pl_module, self._batch)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
         # With accumulation, several batches end at the same step.
-        self._last_step = step
+        step = self._last_step = trainer.global_step
         prompt = open_prompt(batch.samples[0])
         model: Any = pl_module.model
         reply = model.generate([prompt], self.generation)[0]
@@ -115,7 +126,9 @@ class LastCheckpoint(Checkpoint):
 
 def plain_name(pattern: str) -> str:
     """Return a checkpoint pattern without its placeholders: ``stage1_cc3m_{epoch}-{step}`` → ``stage1_cc3m``."""
-    return re.sub(r"[-_.=\s]*\{[^{}]*\}", "", pattern).strip("-_.= ") or "model"
+    folder, _, name = pattern.rpartition("/")
+    plain = re.sub(r"[-_.=\s]*\{[^{}]*\}", "", name).strip("-_.= ") or "model"
+    return f"{folder}/{plain}" if folder else plain
 
 
 def publish_checkpoint(best: Path, target: Path) -> Path:

@@ -99,7 +99,7 @@ class LossConfig:
     text_weight: float = Field(default=0.01, ge=0)
     image_weight: float = Field(default=1.0, ge=0)
     caption_weight: float = Field(default=0.1, ge=0)
-    min_snr_gamma: float | None = 5.0
+    min_snr_gamma: float | None = Field(default=5.0, gt=0)
     """Min-SNR weighting's gamma (arXiv 2303.09556); None weighs every timestep alike."""
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of conditionings replaced by zeros before the mapper while training."""
@@ -145,7 +145,7 @@ class TrainingConfig:
     warmup_steps: int = Field(default=1000, ge=0)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = Field(default=None, gt=0)
     seed: int = 42
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     """auto: bf16-mixed on a GPU, 32-true on a CPU."""
@@ -153,7 +153,7 @@ class TrainingConfig:
     """GPU indices (``--gpus``); None takes all. On a machine without a GPU the CPU is used, with a notice."""
     num_nodes: int = Field(default=1, ge=1)
     strategy: str = "auto"
-    val_check_interval: float | None = None
+    val_check_interval: float | None = Field(default=None, gt=0, le=1)
     """Validations per epoch as a fraction; None: 0.25 for CC3M, 0.5 otherwise, as published."""
     sample_every_steps: int = Field(default=500, ge=0)
     """Optimizer steps between sample pictures; 0 writes none."""

@@ -2,8 +2,9 @@
 
 Shapes: B prompts, T prompt positions, H language width, V vocabulary with the new tokens, N vokens a picture.
 
-The published loop feeds all N vokens at once after ``[IMG0]``. Here they are fed one a step: attention is
-causal, so every state is the same, and prompts of one batch need not emit their pictures together.
+The published loop feeds all N vokens at once after ``[IMG0]``. Here a step feeds as many as every unfinished
+prompt of the batch has to read: attention is causal, so every state is the same, and prompts need not emit their
+pictures together.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +13,15 @@ from hashlib import sha256
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from minigpt4.tokenizer import LlamaTokenizer
 from minigpt5.config import GenerationConfig
+from minigpt5.kv_cache import new_cache
 from minigpt5.vokens import VokenIds
 
 
@@ -60,40 +60,64 @@ def stop_sequences(tokenizer: LlamaTokenizer, text: str) -> list[tuple[int, ...]
 
 
 def choose_scores(
-    logits_V: Tensor,
-    token_ids: Sequence[int],
+    logits_BV: Tensor,
+    token_ids: Sequence[Sequence[int]],
     config: GenerationConfig,
     *,
-    forced: int | None = None,
+    forced: Sequence[int | None] = (),
     banned: int | None = None,
 ) -> Tensor:
-    """Apply repetition penalty, temperature, top-k and top-p, in the published order.
+    """Apply repetition penalty, temperature, top-k and top-p, in the published order; returns ``[B, V]``.
 
     Args:
-        logits_V: raw logits of one position.
-        token_ids: the reply so far, with the beginning-of-sequence token; these are penalised.
+        logits_BV: raw logits of one position.
+        token_ids: each reply so far, with the beginning-of-sequence token; these are penalised.
         config: decoding settings.
-        forced: a token that must come now, whatever the scores say.
+        forced: for each reply a token that must come now, whatever the scores say, or None.
         banned: a token that must not come.
     """
-    ids = torch.tensor([list(token_ids)], device=logits_V.device)
-    scores = logits_V[None].float()
+    scores = logits_BV.float()
     if banned is not None:
         scores = scores.clone()
         scores[:, banned] = float("-inf")
     if config.repetition_penalty != 1.0:
-        scores = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)(ids, scores)
+        longest = max(len(ids) for ids in token_ids)
+        # A repeated token is penalised once, so the first one fills the shorter replies up.
+        padded = [[*ids, *[ids[0]] * (longest - len(ids))] for ids in token_ids]
+        ids_BL = torch.tensor(padded, device=scores.device)
+        scores = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)(ids_BL, scores)
     if config.temperature not in (0.0, 1.0):
-        scores = TemperatureLogitsWarper(config.temperature)(ids, scores)
-    if config.top_k:
-        scores = TopKLogitsWarper(config.top_k)(ids, scores)
+        scores = scores / config.temperature
+    scores = _keep_likely(scores, config)
+    for row, token in enumerate(forced):
+        if token is not None:
+            scores[row] = float("-inf")
+            scores[row, token] = 0.0
+    return scores
+
+
+def _keep_likely(scores_BV: Tensor, config: GenerationConfig) -> Tensor:
+    """Return a copy with everything outside top-k and top-p at minus infinity.
+
+    transformers' top-p sorts the whole vocabulary. Behind top-k it is given the few scores that are left, in the
+    order of their ids: the same choice at a fraction of the work.
+    """
+    if not config.top_k:
+        return scores_BV.clone() if config.top_p == 1.0 else _top_p(scores_BV, config.top_p)
+    kept = min(config.top_k, scores_BV.shape[1])
+    smallest_B1 = scores_BV.topk(kept).values[:, -1:]
+    # Equal scores at the boundary all stay, as in transformers.
+    count = int((scores_BV >= smallest_B1).sum(1).max())
+    ids_BC = scores_BV.topk(count).indices.sort().values
+    few_BC = scores_BV.gather(1, ids_BC)
+    few_BC = few_BC.masked_fill(few_BC < smallest_B1, float("-inf"))
     if config.top_p < 1.0:
-        scores = TopPLogitsWarper(config.top_p)(ids, scores)
-    if forced is not None:
-        only = torch.full_like(scores, float("-inf"))
-        only[:, forced] = 0.0
-        scores = only
-    return scores[0]
+        few_BC = _top_p(few_BC, config.top_p)
+    return torch.full_like(scores_BV, float("-inf")).scatter(1, ids_BC, few_BC)
+
+
+def _top_p(scores_BV: Tensor, top_p: float) -> Tensor:
+    return TopPLogitsWarper(top_p)(torch.empty(0), scores_BV)
 
 
 def choose_token(scores_V: Tensor, config: GenerationConfig, generator: torch.Generator) -> int:
@@ -112,7 +136,8 @@ class _Reply:
 
     def __init__(self, bos_id: int, ids: VokenIds, config: GenerationConfig, stops: list[tuple[int, ...]]) -> None:
         self.decoded = Decoded([bos_id])
-        self.pending: list[int] = []
+        self.queue: list[int] = []
+        """What the model is to read next: the chosen token, or what is left of a picture's vokens."""
         self.collecting: list[Tensor] = []
         self.done = False
         self._ids, self._config, self._stops = ids, config, stops
@@ -122,32 +147,41 @@ class _Reply:
         """Whether another step is needed: also to finish the vokens of a picture that came last."""
         return not self.done or 0 < len(self.collecting) < self._ids.count
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the last state decides on a new token."""
+        return not self.done and not self.queue
+
     def forced_token(self) -> int | None:
         wants = self._config.images == "force" and self._ids.first not in self.decoded.token_ids
         return self._ids.first if wants else None
 
-    def see_state(self, state_H: Tensor) -> None:
-        """Take the state of the step's last input token; N of them make a picture's voken states."""
-        if self.collecting and len(self.collecting) < self._ids.count:
-            self.collecting.append(state_H)
-            if len(self.collecting) == self._ids.count:
-                self.decoded.voken_states.append(torch.stack(self.collecting))
+    def see_states(self, states_WH: Tensor) -> None:
+        """Take the states of the step's input tokens; N of them make a picture's voken states."""
+        if 0 < len(self.collecting) < self._ids.count:
+            self.collecting += states_WH[: self._ids.count - len(self.collecting)]
+            self._finish_picture()
 
-    def next_input(self, chosen: int | None, state_H: Tensor, eos_id: int) -> int:
-        """Record the chosen token (None while vokens are pending) and return the next input token."""
-        if self.pending:
-            return self.pending.pop(0)
-        assert chosen is not None
+    def record(self, chosen: int, state_H: Tensor, eos_id: int) -> None:
+        """Record the chosen token, which ``state_H`` predicted, and queue what follows from it."""
         tokens = self.decoded.token_ids
         tokens.append(chosen)
+        self.queue = [chosen]
         if chosen == self._ids.first:
             self.collecting = [state_H]
-            if len(self.collecting) == self._ids.count:
-                self.decoded.voken_states.append(torch.stack(self.collecting))
-            self.pending = list(self._ids.vokens[1:])
+            self._finish_picture()
+            self.queue = list(self._ids.vokens)
         stopped = any(tuple(tokens[-len(stop) :]) == stop for stop in self._stops)
         self.done = chosen == eos_id or stopped or len(tokens) > self._config.max_new_tokens
-        return chosen
+
+    def take(self, count: int) -> list[int]:
+        """Return the next tokens to read."""
+        taken, self.queue = self.queue[:count], self.queue[count:]
+        return taken
+
+    def _finish_picture(self) -> None:
+        if len(self.collecting) == self._ids.count:
+            self.decoded.voken_states.append(torch.stack(self.collecting))
 
 
 @torch.no_grad()
@@ -169,7 +203,7 @@ def decode(
     Args:
         language_model: LLaMA; only its decoder stack is called.
         embeds: prompt embeddings ``[T, H]``, one a prompt, with the beginning-of-sequence token.
-        embed: token ids ``[B, 1]`` → embeddings ``[B, 1, H]``, new tokens included.
+        embed: token ids ``[B, W]`` → embeddings ``[B, W, H]``, new tokens included.
         head: states ``[B, H]`` → logits ``[B, V]``, new tokens included.
         ids: voken ids.
         tokenizer: for the control tokens.
@@ -179,43 +213,61 @@ def decode(
         trace: keep every step's last state and scores.
     """
     device = embeds[0].device
-    hidden_BTH, mask_BT = _pad_left(embeds)
-    cache = DynamicCache(config=language_model.config)
+    hidden_BWH, mask_BT = _pad_left(embeds)
+    cache = new_cache(language_model.config)
     replies = [_Reply(tokenizer.bos_id, ids, config, stops) for _ in embeds]
     while True:
-        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -hidden_BTH.shape[1] :]
-        states_BH = language_model.model(
-            inputs_embeds=hidden_BTH,
+        width = hidden_BWH.shape[1]
+        states_BWH = language_model.model(
+            inputs_embeds=hidden_BWH,
             attention_mask=mask_BT,
-            position_ids=positions,
+            position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0)[:, -width:],
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        logits_BV = head(states_BH)
-        inputs = []
-        for reply, state_H, logits_V, generator in zip(replies, states_BH, logits_BV, generators, strict=True):
-            reply.see_state(state_H)
-            chosen = None
-            if not reply.active:
-                inputs.append(tokenizer.pad_id)
-                continue
-            if not reply.pending and not reply.done:
-                scores = choose_scores(
-                    logits_V,
-                    reply.decoded.token_ids,
-                    config,
-                    forced=reply.forced_token(),
-                    banned=ids.first if config.images == "never" else None,
-                )
-                chosen = choose_token(scores, config, generator)
-                if trace:
-                    reply.decoded.step_states.append(state_H)
-                    reply.decoded.step_scores.append(scores)
-            inputs.append(reply.next_input(chosen, state_H, tokenizer.eos_id))
-        if not any(reply.active for reply in replies):
+        ).last_hidden_state
+        for reply, states_WH in zip(replies, states_BWH, strict=True):
+            reply.see_states(states_WH)
+        choosing = [row for row, reply in enumerate(replies) if reply.chooses]
+        if choosing:
+            states_CH = states_BWH[choosing, -1]
+            banned = ids.first if config.images == "never" else None
+            chosen = [replies[row] for row in choosing]
+            drawn = [generators[row] for row in choosing]
+            _choose_tokens(chosen, states_CH, head(states_CH), drawn, config, banned, tokenizer.eos_id, trace)
+        active = [reply for reply in replies if reply.active]
+        if not active:
             return [reply.decoded for reply in replies]
-        hidden_BTH = embed(torch.tensor(inputs, device=device)[:, None]).to(hidden_BTH.dtype)
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(replies), 1)], dim=1)
+        # Vokens enter together where every reply has some to read, else one by one: causal attention gives the
+        # same states.
+        width = min(len(reply.queue) for reply in active)
+        inputs = [reply.take(width) if reply.active else [tokenizer.pad_id] * width for reply in replies]
+        hidden_BWH = embed(torch.tensor(inputs, device=device)).to(hidden_BWH.dtype)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(replies), width)], dim=1)
+
+
+def _choose_tokens(
+    replies: Sequence[_Reply],
+    states_CH: Tensor,
+    logits_CV: Tensor,
+    generators: Sequence[torch.Generator],
+    config: GenerationConfig,
+    banned: int | None,
+    eos_id: int,
+    trace: bool,
+) -> None:
+    """Choose the next token of each of these replies."""
+    scores_CV = choose_scores(
+        logits_CV,
+        [reply.decoded.token_ids for reply in replies],
+        config,
+        forced=[reply.forced_token() for reply in replies],
+        banned=banned,
+    )
+    for reply, state_H, scores_V, generator in zip(replies, states_CH, scores_CV, generators, strict=True):
+        if trace:
+            reply.decoded.step_states.append(state_H)
+            reply.decoded.step_scores.append(scores_V)
+        reply.record(choose_token(scores_V, config, generator), state_H, eos_id)
 
 
 def _pad_left(embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

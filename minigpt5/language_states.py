@@ -68,8 +68,6 @@ def _suffix_mask(constant_B: Tensor, longest: int, count: int, dtype: torch.dtyp
     own_BC = torch.arange(longest, device=constant_B.device) < constant_B[:, None]
     past_SS = torch.ones(count, count, dtype=torch.bool, device=constant_B.device).tril()
     samples = len(constant_B)
-    seen_BSX = torch.cat(
-        [own_BC[:, None].expand(-1, count, -1), past_SS.expand(samples, -1, -1)], dim=2
-    )
+    seen_BSX = torch.cat([own_BC[:, None].expand(-1, count, -1), past_SS.expand(samples, -1, -1)], dim=2)
     mask = torch.zeros(seen_BSX.shape, dtype=dtype, device=constant_B.device)
     return mask.masked_fill(~seen_BSX, torch.finfo(dtype).min)[:, None]

@@ -4,7 +4,7 @@ Shapes: B samples, T positions, H language width, N vokens a picture, R wanted p
 P input pictures, L queries a picture, Q conditioning positions, E diffusion width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,11 @@ from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
 from minigpt5.language_states import last_states
 from minigpt5.losses import Draws, LanguageStates, Losses
 from minigpt5.mapper import FeatureMapper
+from minigpt5.replies import make_reply
 from minigpt5.vokens import IGNORE_INDEX, VokenIds, VokenRows, gather_vokens, voken_starts
+
+_PICTURES_AT_ONCE = 16
+"""Prompts' pictures that the vision encoder takes at once while generating."""
 
 
 class MiniGPT5(nn.Module):
@@ -60,6 +64,10 @@ class MiniGPT5(nn.Module):
             self.voken_ids = VokenIds.install(tokenizer, config.vokens.count)
             self.stops = stop_sequences(tokenizer, prompts.STOP)
         self.rows = VokenRows(embedding_VH, head_VH, base_size, config.vokens.count + 1)
+        if diffusion.width % config.mapper.num_heads:
+            raise InputError(
+                f"model.mapper.num_heads: {config.mapper.num_heads} does not divide the diffusion width {diffusion.width}"
+            )
         self.mapper = FeatureMapper(config.mapper, embedding_VH.shape[1], diffusion.width)
         self.reports: list[KeyReport] = []
         self.has_stage1 = False
@@ -274,7 +282,7 @@ class MiniGPT5(nn.Module):
         pictures = self.render(torch.stack(states), seeds, config) if states else []
         remaining = iter(pictures)
         return [
-            self._reply(request, one, [next(remaining) for _ in one.voken_states])
+            make_reply(request, one, [next(remaining) for _ in one.voken_states], self.tokenizer, self.voken_ids)
             for request, one in zip(requests, decoded, strict=True)
         ]
 
@@ -298,7 +306,7 @@ class MiniGPT5(nn.Module):
         """
         was_training = self.training
         self.eval()
-        embeds = [self.prompt_embeds(request).to(self._language_dtype) for request in requests]
+        embeds = [embed.to(self._language_dtype) for embed in self.prompt_embeds(requests)]
         generators = generators or [
             torch.Generator().manual_seed(sample_seed(config.seed, request.id, "text")) for request in requests
         ]
@@ -317,21 +325,30 @@ class MiniGPT5(nn.Module):
         self.train(was_training)
         return decoded
 
-    def prompt_embeds(self, request: Prompt) -> Tensor:
-        """Return a prompt's embeddings ``[T, H]`` with the beginning-of-sequence token and its pictures."""
-        wanted = request.text.count(INPUT_PICTURE)
-        if wanted != len(request.images):
-            raise InputError(
-                f"prompt {request.id}: {wanted} {INPUT_PICTURE} placeholders but {len(request.images)} pictures"
-            )
-        features_PLH = None
-        if request.images:
-            transform = images.input_transform(self.config.backbone.vision.image_size)
-            pixels = torch.stack([transform(image) for image in request.images])
-            features_PLH = self.backbone.encode_images(pixels.to(self.device, self._language_dtype))
-        ids_1T = torch.tensor([self.tokenizer.encode(request.text)], dtype=torch.long, device=self.device)
-        unlabelled = torch.full_like(ids_1T, IGNORE_INDEX)
-        return self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH).embeds_BTH[0]
+    def prompt_embeds(self, requests: Sequence[Prompt]) -> list[Tensor]:
+        """Return prompts' embeddings ``[T, H]`` with the beginning-of-sequence token and their pictures."""
+        pictures = iter(self._picture_features(requests))
+        embeds = []
+        for request in requests:
+            wanted, given = request.text.count(INPUT_PICTURE), len(request.images)
+            if wanted != given:
+                raise InputError(
+                    f"prompt {request.id}: {wanted} {INPUT_PICTURE} placeholders but {given} pictures"
+                )
+            features = [next(pictures) for _ in request.images]
+            ids_1T = torch.tensor([self.tokenizer.encode(request.text)], dtype=torch.long, device=self.device)
+            unlabelled = torch.full_like(ids_1T, IGNORE_INDEX)
+            features_PLH = torch.stack(features) if features else None
+            embeds.append(self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH).embeds_BTH[0])
+        return embeds
+
+    def _picture_features(self, requests: Sequence[Prompt]) -> Iterator[Tensor]:
+        """Yield what stands for each picture of all prompts, ``[L, H]``, in order."""
+        transform = images.input_transform(self.config.backbone.vision.image_size)
+        pixels = [transform(image) for request in requests for image in request.images]
+        for start in range(0, len(pixels), _PICTURES_AT_ONCE):
+            chunk = torch.stack(pixels[start : start + _PICTURES_AT_ONCE])
+            yield from self.backbone.encode_images(chunk.to(self.device, self._language_dtype))
 
     @torch.no_grad()
     def render(self, vokens_RNH: Tensor, seeds: Sequence[int], config: GenerationConfig) -> list[Image.Image]:
@@ -350,23 +367,6 @@ class MiniGPT5(nn.Module):
         generators = [torch.Generator().manual_seed(sample_seed(config.seed, name, "baseline")) for name in ids]
         size = self.config.diffusion.image_size
         return self.diffusion.render_captions(list(captions), config, generators, size)
-
-    def _reply(self, request: Prompt, decoded: Decoded, pictures: list[Image.Image]) -> Reply:
-        raw_text = self.tokenizer.decode(decoded.token_ids)
-        parts: list[str | Image.Image] = []
-        start = 0
-        remaining = iter(pictures)
-        for end, token in enumerate([*decoded.token_ids, self.voken_ids.first]):
-            if token != self.voken_ids.first:
-                continue
-            text = self.tokenizer.decode(decoded.token_ids[start:end], skip_special=True)
-            text = text.replace(prompts.STOP, "").strip()
-            if text:
-                parts.append(text)
-            if end < len(decoded.token_ids):
-                parts.append(next(remaining))
-            start = end + 1
-        return Reply(request.id, tuple(parts), raw_text, tuple(decoded.token_ids))
 
 
 def build_model(
@@ -388,9 +388,9 @@ def build_model(
     loaded = load_backbone(config.backbone, dtype)
     if config.diffusion.weights is None:
         raise InputError("model.diffusion.weights: give a Stable Diffusion folder or hub id")
-    diffusion = load_diffusion(config.diffusion, dtype)
+    diffusion, diffusion_reports = load_diffusion(config.diffusion, dtype)
     model = MiniGPT5(loaded.model, diffusion, loaded.tokenizer, config, loss, stage)
-    model.reports = loaded.reports
+    model.reports = [*loaded.reports, *diffusion_reports]
     return model
 
 

@@ -170,11 +170,11 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def run_folder(outputs: Path, test_weight: Path, suffix: str) -> Path:
-    """Return the store of one checkpoint: its name up to the first dot and the suffix, below ``outputs``.
+    """Return the store of one checkpoint: its name without its ending and the suffix, below ``outputs``.
 
     As published, folders of a relative name are kept (``vist/best.ckpt`` → ``outputs/vist/best``); an absolute
     path counts by its file name.
     """
-    name = test_weight.name.split(".")[0] + suffix
+    name = test_weight.stem + suffix
     keeps_folders = not test_weight.is_absolute() and ".." not in test_weight.parts
     return outputs / test_weight.parent / name if keeps_folders else outputs / name

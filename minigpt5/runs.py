@@ -74,6 +74,10 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         save_on_train_epoch_end=False,
     )
     last = checkpoint_folder(config) / f"{plain_name(config.model_save_name)}-last.ckpt"
+    try:
+        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{checkpoint_folder(config)}: cannot be written to ({error.strerror})") from None
     trainer = build_trainer(config, hardware, plan, [*callbacks, best, LastCheckpoint(last)])
     if trainer.is_global_zero:
         print(describe_size(model), file=sys.stderr)
@@ -163,25 +167,28 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
     loggers = build_loggers(training.loggers, folder, name)
     samples = SamplePictures(folder / name / "samples", training.sample_every_steps, config.generation)
     monitors: list[Callback] = [LearningRateMonitor("step")] if loggers else []
-    return Trainer(
-        default_root_dir=checkpoint_folder(config),
-        accelerator="gpu" if hardware.gpus else "cpu",
-        devices=list(hardware.gpus) or hardware.cpu_processes,
-        num_nodes=training.num_nodes,
-        strategy=training.strategy,
-        precision=hardware.precision,  # type: ignore[arg-type]
-        max_epochs=training.num_epochs,
-        max_steps=training.max_steps or -1,
-        accumulate_grad_batches=plan.accumulate,
-        gradient_clip_val=training.max_grad_norm,
-        val_check_interval=plan.validate_every,
-        log_every_n_steps=LOG_EVERY_STEPS,
-        # The data module's samplers share the samples already.
-        use_distributed_sampler=False,
-        logger=loggers or False,
-        enable_model_summary=False,
-        callbacks=[TQDMProgressBar(), samples, *monitors, *callbacks],
-    )
+    try:
+        return Trainer(
+            default_root_dir=checkpoint_folder(config),
+            accelerator="gpu" if hardware.gpus else "cpu",
+            devices=list(hardware.gpus) or hardware.cpu_processes,
+            num_nodes=training.num_nodes,
+            strategy=training.strategy,
+            precision=hardware.precision,  # type: ignore[arg-type]
+            max_epochs=training.num_epochs,
+            max_steps=training.max_steps or -1,
+            accumulate_grad_batches=plan.accumulate,
+            gradient_clip_val=training.max_grad_norm,
+            val_check_interval=plan.validate_every,
+            log_every_n_steps=LOG_EVERY_STEPS,
+            # The data module's samplers share the samples already.
+            use_distributed_sampler=False,
+            logger=loggers or False,
+            enable_model_summary=False,
+            callbacks=[TQDMProgressBar(), samples, *monitors, *callbacks],
+        )
+    except ValueError as error:
+        raise InputError(f"--strategy {training.strategy}, --precision {training.precision}: {error}") from None
 
 
 def build_loggers(names: Sequence[str], folder: Path, name: str) -> list[Logger]:

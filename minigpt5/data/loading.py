@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -12,6 +13,11 @@ from minigpt5.data.types import EncodedSample, Sample, SampleIndex
 
 Key = tuple[int, int]
 """Epoch and sample number. The epoch travels with the key, so it also reaches worker processes that persist."""
+
+BUCKET_WINDOW = 64
+"""Steps whose samples are sorted together: enough for little padding, few enough to keep the order random."""
+
+_LETTERS_A_TOKEN = 4
 
 
 class SampleDataset(Dataset[EncodedSample]):
@@ -58,25 +64,57 @@ class EpochSampler(DistributedSampler[Key]):
     samples to equal length, so that the processes stay in step. Lightning keeps a sampler of this type and
     calls its ``set_epoch``.
 
+    With ``lengths``, samples of similar length come together: windows of a shuffled epoch are sorted, cut into
+    batches, and the batches shuffled. The batches that the processes take at one step come from one place, so
+    none waits for a longer one.
+
     Args:
         dataset: sized.
         seed: of the order.
         shuffle: False keeps the file's order.
         num_processes: over which the samples are shared.
         rank: this process.
+        lengths: of each sample, in any unit; None leaves the order as it was shuffled.
+        batch_size: samples of a process and step; only used with ``lengths``.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], *, seed: int = 0, shuffle: bool, num_processes: int = 1, rank: int = 0
+        self,
+        dataset: Dataset[Any],
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        num_processes: int = 1,
+        rank: int = 0,
+        lengths: np.ndarray | None = None,
+        batch_size: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_processes, rank=rank, shuffle=shuffle, seed=seed)
+        self.lengths = lengths
+        self.step_size = batch_size * num_processes
         self.skip = 0
         """Samples of the next iteration that were already seen; later iterations are whole again."""
 
     def __iter__(self) -> Iterator[Key]:
-        numbers = list(super().__iter__())
+        # torch's sampler yields numbers, whatever the type of the keys
+        numbers: list[Any] = list(super().__iter__() if self.lengths is None else self._bucketed(self.lengths))
         skip, self.skip = self.skip, 0
-        return iter([(self.epoch, int(number)) for number in numbers[skip:]])  # type: ignore[call-overload]
+        return iter([(self.epoch, int(number)) for number in numbers[skip:]])
+
+    def _bucketed(self, lengths: np.ndarray) -> list[int]:
+        """Return this process's share of an order in which every step's samples are of similar length."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = np.resize(rng.permutation(len(lengths)), self.total_size)
+        steps: list[np.ndarray] = []
+        for start in range(0, self.total_size, self.step_size * BUCKET_WINDOW):
+            window = order[start : start + self.step_size * BUCKET_WINDOW]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            steps += [window[at : at + self.step_size] for at in range(0, len(window), self.step_size)]
+        # A step that is not full has to stay the last, or the batches behind it would begin in its middle.
+        full = [step for step in steps if len(step) == self.step_size]
+        partial = [step for step in steps if len(step) < self.step_size]
+        shuffled = [full[index] for index in rng.permutation(len(full))]
+        return np.concatenate([*shuffled, *partial])[self.rank :: self.num_replicas].tolist()
 
 
 class ResumableLoader(DataLoader[EncodedSample]):
@@ -122,6 +160,21 @@ class ResumableLoader(DataLoader[EncodedSample]):
         if state is None or state["epoch"] != self._epoch_sampler.epoch or state["batches"] >= len(self):
             return 0
         return state["batches"]
+
+
+def sample_lengths(index: SampleIndex, picture_length: int) -> np.ndarray:
+    """Return about how long each sample is, without tokenizing: texts by their letters, and pictures.
+
+    Args:
+        index: the samples.
+        picture_length: positions of a picture in the prompt.
+    """
+    samples = (index[number] for number in range(len(index)))
+    lengths = (
+        (len(sample.prompt) + len(sample.response)) / _LETTERS_A_TOKEN + len(sample.input_images) * picture_length
+        for sample in samples
+    )
+    return np.fromiter(lengths, dtype=np.float32, count=len(index))
 
 
 def flip_generator(seed: int, epoch: int, sample_id: str) -> torch.Generator:

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from minigpt5.data.loading import (
     ResumableLoader,
     SampleDataset,
     as_list,
+    sample_lengths,
     worker_options,
 )
 from minigpt5.data.readers import detect_dataset, open_index
@@ -97,10 +99,13 @@ class DataModule(pl.LightningDataModule):
         """Return the training batches of this process, shuffled anew each epoch."""
         training = self.config.training
         flip_seed = training.seed if self.config.data.random_flip else None
-        dataset = SampleDataset(self.index(Split.TRAIN), self.encoder(Split.TRAIN), flip_seed)
+        index = self.index(Split.TRAIN)
+        dataset = SampleDataset(index, self.encoder(Split.TRAIN), flip_seed)
+        queries = self.config.model.backbone.qformer.num_queries
+        lengths = sample_lengths(index, queries) if self.config.data.bucket_by_length else None
         return ResumableLoader(
             dataset,
-            sampler=self._sampler(dataset, shuffle=True),
+            sampler=self._sampler(dataset, shuffle=True, lengths=lengths),
             batch_size=training.batch_size,
             collate_fn=partial(collate, pad_id=self.tokenizer.pad_id),
             **worker_options(self.config.data.num_workers),
@@ -147,7 +152,9 @@ class DataModule(pl.LightningDataModule):
             return None
         return FeatureFolder(folder, transform)
 
-    def _sampler(self, dataset: SampleDataset, *, shuffle: bool) -> EpochSampler:
+    def _sampler(
+        self, dataset: SampleDataset, *, shuffle: bool, lengths: np.ndarray | None = None
+    ) -> EpochSampler:
         trainer = self.trainer
         return EpochSampler(
             dataset,
@@ -155,6 +162,8 @@ class DataModule(pl.LightningDataModule):
             shuffle=shuffle,
             num_processes=1 if trainer is None else trainer.world_size,
             rank=0 if trainer is None else trainer.global_rank,
+            lengths=lengths,
+            batch_size=self.config.training.batch_size,
         )
 
     def _count_tokens(self, text: str) -> int:

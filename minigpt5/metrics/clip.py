@@ -51,7 +51,7 @@ def load_clip(name: str, pretrained: str, device: torch.device) -> Clip:
                 f"metrics.clip_model: {folder} holds neither {_OPEN_CLIP_CONFIG} nor {COMPACT_CONFIG}"
             )
         model, transform, tokenizer = load_compact_clip(folder)
-        return _wrap(model, transform, tokenizer, device, label=f"{LOCAL_PREFIX}CLIP {folder}")
+        return wrap_clip(model, transform, tokenizer, device, label=f"{LOCAL_PREFIX}CLIP {folder}")
     if folder.is_dir():
         resolved, tag, label = f"local-dir:{folder.resolve()}", None, f"open_clip folder {folder}"
     else:
@@ -66,7 +66,7 @@ def load_clip(name: str, pretrained: str, device: torch.device) -> Clip:
             f"metrics.clip_model: cannot load {label}: {error}; give a folder with the model, or its weights file "
             "as metrics.clip_pretrained"
         ) from error
-    return _wrap(model, transform, tokenizer, device, label)
+    return wrap_clip(model, transform, tokenizer, device, label)
 
 
 def resolve_name(name: str, pretrained: str) -> str:
@@ -95,13 +95,22 @@ def resolve_name(name: str, pretrained: str) -> str:
     return twin if wants_quick_gelu and twin in known else name
 
 
-def _wrap(
+def wrap_clip(
     model: nn.Module,
     transform: Callable[..., Tensor],
     tokenizer: Callable[..., Tensor],
     device: torch.device,
     label: str,
 ) -> Clip:
+    """Return a model as a :class:`Clip`, on ``device`` and in eval mode.
+
+    Args:
+        model: has ``encode_image`` and ``encode_text``.
+        transform: a picture → its pixels.
+        tokenizer: texts → their ids.
+        device: where it runs.
+        label: what to call it in the report.
+    """
     model = model.to(device).eval()
     logging.getLogger(__name__).info("CLIP: %s", label)
 

@@ -65,7 +65,7 @@ def score(
     if not predictions:
         raise InputError(f"{folder}: no predictions to score; run train_eval.py with --test_data_path first")
     scores = SUITES[dataset](predictions, folder, config, real_images)
-    local = sorted(use for use, label in scores.networks.items() if label.startswith(LOCAL_PREFIX))
+    local = sorted(use for use, label in scores.networks.items() if LOCAL_PREFIX in label)
     if local:
         scores.notes.append(
             f"Scored with small local networks ({', '.join(local)}): compare these figures with each other only, "

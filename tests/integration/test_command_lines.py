@@ -203,6 +203,14 @@ BAD_INPUT = {
     "unknown YAML key": (TRAIN_1, broken_yaml("training: {lr: 1}"), ["broken.yaml", "training.lr", "unknown key"]),
     "malformed YAML": (TRAIN_1, broken_yaml("training: [1"), ["broken.yaml", "not valid YAML"]),
     "no such configuration": (["--config", "absent.yaml"], nothing, ["--config absent.yaml"]),
+    "unknown strategy": ([*TRAIN_1, "--strategy", "foo"], nothing, ["--strategy foo"]),
+    "unwritable folder": ([*TRAIN_1, "--output_dir", "/proc/nope"], nothing, ["/proc/nope", "cannot be written"]),
+    "heads that do not divide": (
+        [*TRAIN_1, "--set", "model.mapper.num_heads=5"], nothing, ["model.mapper.num_heads: 5 does not divide"],
+    ),
+    "interval out of range": (
+        [*TRAIN_1, "--set", "training.val_check_interval=-3"], nothing, ["training.val_check_interval"],
+    ),
     "missing checkpoint": (TEST_1, nothing, ["--test_weight stage1_cc3m.ckpt", "no such checkpoint"]),
     "garbage checkpoint": (TEST_1, garbage_checkpoint, ["stage1_cc3m.ckpt", "not a readable weight file"]),
     "checkpoint with code in it": (TEST_1, pickled_checkpoint, ["stage1_cc3m.ckpt", "not a readable"]),

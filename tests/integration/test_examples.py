@@ -34,6 +34,7 @@ def test_playground_writes_a_picture_a_reply(tmp_path):
         ([], "--test_weight: give the checkpoint"),
         ([*BUNDLED, "--prompt", "look <ImageHere>"], "--prompt: the text holds 1 <ImageHere> but 0 pictures"),
         ([*BUNDLED, "--prompt", "look", "--images", "nowhere.jpg"], "--images nowhere.jpg: no such file"),
+        ([*BUNDLED, "--images", "story_0.png"], "--images: needs --prompt"),
         ([*BUNDLED, "--promt", "look"], "unknown flag --promt"),
     ],
 )

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from minigpt4.errors import InputError
-from minigpt5.arguments import FLAGS, parse_arguments, resolve_config
+from minigpt5.arguments import FLAGS, build_parser, parse_arguments, resolve_config
 from minigpt5.config import PROJECT_ROOT, RunConfig, Stage
 
 PUBLISHED_FLAGS = [
@@ -179,3 +179,14 @@ def test_parsing_imports_nothing_heavy():
     )
     finished = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert finished.stdout.strip() == "[]", finished.stderr
+
+
+def test_every_flag_names_its_default():
+    parser = build_parser()
+    flags = {flag.name for flag in FLAGS if flag.keys}
+    silent = [
+        action.dest
+        for action in parser._actions
+        if action.dest in flags and "default" not in (action.help or "").lower()
+    ]
+    assert silent == []

@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
 
-RECIPE = Recipe(steps=3500, batch_size=16, learning_rate=1.5e-3)
+RECIPE = Recipe(steps=5000, batch_size=16, learning_rate=1.5e-3)
 _SQUARE_WEIGHT = 10.0
 """Large errors are a wrong or missing thing, which must outweigh the texture of the background."""
 _KL_WEIGHT = 1e-4

@@ -38,7 +38,7 @@ def _store(folder: Path, dataset: str = "mmdialog", sample_id: str = "0_1") -> S
 
 def test_published_command_scores_the_run_of_a_checkpoint(tmp_path, config):
     # The published program would take CC3M from DATAFOLDER; the data set is the predictions' own.
-    folder = tmp_path / "out" / "stage2_a_b"
+    folder = tmp_path / "out" / "stage2_a.v1_b"
     _store(folder)
     environment = {
         "MINIGPT5_CONFIG": str(config),
@@ -72,7 +72,9 @@ def test_help_is_quick_and_light():
     ("arguments", "message"),
     [
         (["--test_weight", "nobody.ckpt"], "no predictions there"),
-        (["--nonsense"], "--test_weight --predictions is required"),
+        (["--nonsense"], "unknown flag --nonsense"),
+        ([], "give --test_weight"),
+        (["--test_weigth", "a.ckpt"], "did you mean --test_weight?"),
         (["--predictions", "x", "--dataset", "coco"], "invalid choice"),
     ],
 )

@@ -1,0 +1,149 @@
+"""Indexing CC3M: seconds and memory for 200 000 rows; and the padding that length buckets save.
+
+The reference walks over a pandas table row by row and keeps a list of strings a column, as published.
+"""
+
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Report, Settings, in_child, peak_bytes
+from minigpt5 import prompts
+from minigpt5.config import DataConfig, DatasetName
+from minigpt5.data.loading import EpochSampler
+from minigpt5.data.readers import open_index
+from minigpt5.data.types import Split
+from minigpt5.tinyworld.captions import caption
+from minigpt5.tinyworld.scenes import random_scene, seeded
+from minigpt5.vokens import voken_text
+
+ROWS = {"tiny": 20_000, "mid": 200_000, "7b": 3_000_000}
+CPU = torch.device("cpu")
+MEBIBYTE = 2**20
+FILE = "train.tsv"
+INSTRUCTION_EVERY = 100
+BATCH_SIZE = 4
+
+
+def measure(settings: Settings) -> Report:
+    """Index the same file both ways, each in a process of its own, in turn."""
+    report = Report(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), ROWS[settings.preset], settings.seed)
+        runs: dict[str, list[dict[str, Any]]] = {"reference": [], "ours": []}
+        for _ in range(max(1, settings.repeats // 2)):
+            for path, found in runs.items():
+                found.append(in_child(settings, f"{path}:{folder}"))
+    digests = {run["digest"] for found in runs.values() for run in found}
+    if len(digests) != 1:
+        raise AssertionError("the paths indexed different samples")
+    medians = {
+        path: {key: float(np.median([run[key] for run in found])) for key in ("seconds", "peak", "random")}
+        for path, found in runs.items()
+    }
+    report.equal.append(
+        f"captions and pictures of all {ROWS[settings.preset]:,} rows and their instruction variants"
+    )
+    published, ours = medians["reference"], medians["ours"]
+    report.add("index", "s", published["seconds"], ours["seconds"])
+    report.add("index, peak memory", "MiB", published["peak"] / MEBIBYTE, ours["peak"] / MEBIBYTE)
+    report.add("one sample of an index", "µs", published["random"] * 1e6, ours["random"] * 1e6)
+    _add_padding(report)
+    return report
+
+
+def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
+    """Index once; returns seconds, bytes beyond the imports', seconds a sample and a digest of all samples."""
+    how, _, folder = path.partition(":")
+    if how == "reference":
+        import pandas as pd  # noqa: F401  its import is no part of indexing
+    before = peak_bytes(CPU)
+    start = time.perf_counter()
+    samples: Any = _published_index(Path(folder)) if how == "reference" else _our_index(Path(folder))
+    seconds = time.perf_counter() - start
+    peak = peak_bytes(CPU) - before
+    order = np.random.default_rng(settings.seed).permutation(len(samples))[:10_000]
+    start = time.perf_counter()
+    for number in order:
+        samples[int(number)]
+    random = (time.perf_counter() - start) / len(order)
+    return {"seconds": seconds, "peak": peak, "random": random, "digest": _digest(samples)}
+
+
+def _digest(samples: Any) -> int:
+    total = 0
+    for number in range(len(samples)):
+        sample = samples[number]
+        key = sample if isinstance(sample, tuple) else (sample.caption, str(sample.output_images[0]))
+        total = (total * 31 + int.from_bytes(repr(key).encode()[-64:], "big")) % (2**61 - 1)
+    return total
+
+
+def _our_index(folder: Path) -> Any:
+    config = DataConfig(dataset=DatasetName.CC3M, folder=folder, check_images="none")
+    return open_index(
+        config, Path(FILE), Split.TRAIN, voken_text=voken_text(8), seed=0, count_tokens=lambda text: len(text)
+    )
+
+
+def _published_index(folder: Path) -> list[tuple[str, str]]:
+    """Read the table, clean every caption, and keep prompts, responses and paths in lists of strings."""
+    import pandas as pd
+
+    table = pd.read_csv(folder / FILE, sep="\t")
+    captions, paths, sources, targets, tasks = [], [], [], [], []
+    for index, row in table.iterrows():
+        text = _clean(row["caption"])
+        picture = str(folder / row["image_path"])
+        captions.append(text)
+        paths.append(picture)
+        sources.append(text)
+        targets.append(f"{voken_text(8)} {prompts.STOP}")
+        tasks.append("caption")
+        if index % INSTRUCTION_EVERY == 0:
+            captions.append(text)
+            paths.append(picture)
+            sources.append(prompts.cc3m_instruction(prompts.CC3M_GENERATION[0], text))
+            targets.append(f"{voken_text(8)} {prompts.STOP}")
+            tasks.append("instruction")
+    return list(zip(captions, paths, strict=True))
+
+
+def _clean(text: str) -> str:
+    text = re.sub(r"([.!\"()*#:;~])", " ", text.lower())
+    return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+
+
+def _write(folder: Path, rows: int, seed: int) -> None:
+    rng = seeded(seed, "train", "rows")
+    texts = [caption(random_scene(rng, "train"), rng) for _ in range(2000)]
+    with (folder / FILE).open("w", encoding="utf-8") as file:
+        file.write("caption\timage_path\n")
+        for row in range(rows):
+            file.write(f"{texts[row % 2000]} number {row}\ttrain/{row // 10_000:05d}/{row:09d}.jpg\n")
+
+
+def _add_padding(report: Report) -> None:
+    """Append the share of padded positions in batches of stories of one to five pictures."""
+    rng = np.random.default_rng(report.settings.seed)
+    pictures = rng.integers(0, 6, 5000)
+    lengths = 30 + pictures * 60 + rng.integers(0, 40, 5000)
+
+    def padding(bucketed: bool) -> float:
+        sampler = EpochSampler(
+            range(len(lengths)),  # type: ignore[arg-type]
+            shuffle=True,
+            lengths=lengths if bucketed else None,
+            batch_size=BATCH_SIZE,
+        )
+        order = lengths[[number for _, number in sampler]]
+        batches = order[: len(order) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+        return float(1 - batches.sum() / (batches.max(1).sum() * BATCH_SIZE))
+
+    note = f"synthetic stories, batches of {BATCH_SIZE}; reference: data.bucket_by_length off"
+    report.add("padded positions", "share", padding(False), padding(True), note=note)

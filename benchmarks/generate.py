@@ -1,0 +1,147 @@
+"""Replies: decoding, pictures, whole replies, and what a faster scheduler costs in quality."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import quality, reference, worlds
+from benchmarks.harness import Phases, Report, Settings, alternate, in_child, peak_bytes, timed
+from minigpt5.config import GenerationConfig, Stage
+from minigpt5.data.types import Reply
+from minigpt5.generation import sample_seed
+
+BATCH_SIZE = 8
+NEW_TOKENS = 32
+STEPS = 20
+MEBIBYTE = 2**20
+PIXEL_TOLERANCE = {"cpu": 2, "cuda": 64}
+"""Largest difference of a picture's 8-bit values; in bfloat16 on a GPU a batch rounds differently."""
+FASTER = (20, 15, 10, 8, 6)
+"""Steps of DPM-Solver++ tried against the default scheduler's."""
+
+
+def measure(settings: Settings) -> Report:
+    """Measure the reference at batch 1 against ours at batch 8, then faster schedulers."""
+    report = Report(settings)
+    paths = _Paths(settings)
+    report.equal.append(paths.check_equal())
+    functions = {
+        "decode_reference": paths.decode_reference,
+        "decode": paths.decode,
+        "decode_1": paths.decode_one,
+        "pictures_reference": paths.pictures_reference,
+        "pictures": paths.pictures,
+        "dpm": lambda: paths.pictures("dpm++", STEPS),
+        "dpm_half": lambda: paths.pictures("dpm++", STEPS // 2),
+    }
+    seconds = {name: found["total"] for name, found in alternate(functions, settings.repeats).items()}
+    _add_rows(report, seconds)
+    memory = {path: in_child(settings, path)["peak"] / MEBIBYTE for path in ("reference", "ours")}
+    report.add(
+        "peak memory", "MiB", memory["reference"], memory["ours"], note=f"batch 1 against batch {BATCH_SIZE}"
+    )
+    if settings.preset == "tiny":
+        quality.measure_schedulers(report, FASTER)
+    return report
+
+
+def _add_rows(report: Report, seconds: dict[str, float]) -> None:
+    more = {"higher_is_better": True}
+    tokens = {"reference": NEW_TOKENS / seconds["decode_reference"], "1": NEW_TOKENS / seconds["decode_1"]}
+    tokens["8"] = BATCH_SIZE * NEW_TOKENS / seconds["decode"]
+    report.add("decoding, batch 1", "tokens/s", tokens["reference"], tokens["1"], **more)
+    report.add(f"decoding, batch {BATCH_SIZE}", "tokens/s", tokens["reference"], tokens["8"], **more)
+    published = 1 / seconds["pictures_reference"]
+    rates = {name: BATCH_SIZE / seconds[name] for name in ("pictures", "dpm", "dpm_half")}
+    report.add(f"pictures, {STEPS} steps, batch {BATCH_SIZE}", "1/s", published, rates["pictures"], **more)
+    report.add(f"pictures, DPM-Solver++ {STEPS} steps", "1/s", published, rates["dpm"], **more)
+    report.add(f"pictures, DPM-Solver++ {STEPS // 2} steps", "1/s", published, rates["dpm_half"], **more)
+    published = 1 / (seconds["decode_reference"] + seconds["pictures_reference"])
+    for label, name in (
+        ("same scheduler", "pictures"),
+        (f"DPM-Solver++ {STEPS} steps", "dpm"),
+        (f"DPM-Solver++ {STEPS // 2} steps", "dpm_half"),
+    ):
+        rate = BATCH_SIZE / (seconds["decode"] + seconds[name])
+        report.add(f"whole replies, {label}", "1/s", published, rate, **more)
+
+
+def measure_alone(settings: Settings, path: str) -> dict[str, float]:
+    """Reply once with one path and return the peak memory of the process."""
+    paths = _Paths(settings, only=path)
+    if path == "reference":
+        paths.published.generate(paths.requests[0], paths.config)
+    else:
+        paths.model.generate(paths.requests, paths.config)
+    return {"peak": peak_bytes(settings.device)}
+
+
+class _Paths:
+    """The reference's and our replies to the same prompts."""
+
+    def __init__(self, settings: Settings, only: str | None = None) -> None:
+        self.settings = settings
+        world = worlds.open_world(settings.preset, Stage.ALIGNMENT, settings.device, settings.seed)
+        self.model = world.model
+        self.requests = worlds.prompts(BATCH_SIZE, settings.seed)
+        self.config = GenerationConfig(
+            images="force", max_new_tokens=NEW_TOKENS, num_inference_steps=STEPS, seed=settings.seed
+        )
+        # Every reply runs to its full length, so that both paths make the same number of tokens.
+        self.model.stops = []
+        if only in (None, "reference"):
+            self.published = reference.ReferenceModel(self.model, take=only is not None)
+
+    def check_equal(self) -> str:
+        """Compare tokens and pictures of every reply."""
+        ours = self.model.generate(self.requests, self.config)
+        self.states = self._states(ours)
+        worst = 0
+        for request, reply in zip(self.requests, ours, strict=True):
+            tokens, pictures = self.published.generate(request, self.config)
+            same = tuple(tokens) == reply.token_ids
+            if not same and self.settings.device.type == "cpu":
+                raise AssertionError(f"{request.id}: tokens differ: {tokens} and {reply.token_ids}")
+            worst = max(worst, *_differences(pictures, reply.images))
+        if worst > PIXEL_TOLERANCE[self.settings.device.type]:
+            raise AssertionError(f"pictures differ by up to {worst} of 255")
+        return f"tokens of {BATCH_SIZE} replies; pictures within {worst} of 255"
+
+    def _states(self, replies: Sequence[Reply]) -> Tensor:
+        decoded = self.model.decode_prompts(self.requests, self.config)
+        return torch.stack([one.voken_states[0] for one in decoded])
+
+    def decode_reference(self) -> Phases:
+        """Decode the first prompt alone."""
+        return timed(lambda: self.published.decode(self.requests[0], self.config), self.settings.device)
+
+    def decode(self) -> Phases:
+        """Decode all prompts in one batch."""
+        return timed(lambda: self.model.decode_prompts(self.requests, self.config), self.settings.device)
+
+    def decode_one(self) -> Phases:
+        """Decode the first prompt alone, our way."""
+        return timed(lambda: self.model.decode_prompts(self.requests[:1], self.config), self.settings.device)
+
+    def pictures_reference(self) -> Phases:
+        """Render one picture alone."""
+        return timed(
+            lambda: self.published.render(self.states[0], self.requests[0], 0, self.config), self.settings.device
+        )
+
+    def pictures(self, scheduler: str = "default", steps: int = STEPS) -> Phases:
+        """Render every reply's picture in one diffusion batch."""
+        config = dataclasses.replace(self.config, scheduler=scheduler, num_inference_steps=steps)
+        seeds = [sample_seed(config.seed, request.id, "picture", 0) for request in self.requests]
+        return timed(lambda: self.model.render(self.states, seeds, config), self.settings.device)
+
+
+def _differences(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> list[int]:
+    return [
+        int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+        for one, other in zip(first, second, strict=True)
+    ]

@@ -1,0 +1,159 @@
+"""Loading the language model: peak resident memory and seconds, over a synthetic checkpoint of several GB.
+
+The files are float16, as Vicuna's, and the model is wanted in bfloat16. The reference is what transformers 4.31
+does for the published code: build the model, read a whole shard, copy it.
+"""
+
+import gc
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import worlds
+from benchmarks.harness import Report, Settings, in_child, peak_bytes
+from minigpt4.config import LanguageModelConfig
+from minigpt4.language_model import load_language_model
+from minigpt4.tokenizer import MODEL_FILE
+
+GIBIBYTE = 2**30
+_COMMON = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "mid": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 18, "num_attention_heads": 16},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+FIRST_SHARD = 0.74
+"""Share of the first of two shards, as in Vicuna-7B's folder."""
+
+
+def measure(settings: Settings) -> Report:
+    """Load the same tensors from both layouts, each path in a process of its own."""
+    report = Report(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        size = _write(Path(folder), settings) / GIBIBYTE
+        found = {}
+        for path in ("reference", "bin", "safetensors"):
+            found[path] = in_child(settings, f"{path}:{folder}")
+    digests = {str(values["digest"]) for values in found.values()}
+    if len(digests) != 1:
+        raise AssertionError(f"the paths loaded different weights: {digests}")
+    report.equal.append(f"every loaded tensor of a {size:.2f} GiB float16 checkpoint, in bfloat16")
+    published = found["reference"]
+    for path in ("bin", "safetensors"):
+        report.add(f"{path}: time", "s", published["seconds"], found[path]["seconds"])
+        for name, label in (("peak", "peak resident"), ("anonymous", "peak without file pages")):
+            theirs, ours = (values[name] / GIBIBYTE for values in (published, found[path]))
+            note = f"{ours / size:.2f} × the checkpoint"
+            report.add(f"{path}: {label}", "GiB", theirs, ours, note=note)
+    return report
+
+
+def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
+    """Load once; returns seconds, bytes beyond what the imports took, and a digest of the weights."""
+    how, _, folder = path.partition(":")
+    before = peak_bytes(torch.device("cpu"))
+    watch = _AnonymousPeak()
+    start = time.perf_counter()
+    if how == "reference":
+        model = _load_as_published(Path(folder) / "bin")
+    else:
+        config = LanguageModelConfig(weights=str(Path(folder) / how))
+        model, _, _ = load_language_model(config, torch.bfloat16)
+    # A mapped file costs nothing until it is read, so every tensor is read before the clock stops.
+    digest = _digest(model)
+    seconds = time.perf_counter() - start
+    peak = peak_bytes(torch.device("cpu")) - before
+    return {"seconds": seconds, "peak": peak, "anonymous": watch.stop(), "digest": digest}
+
+
+class _AnonymousPeak:
+    """Samples this process's anonymous memory, which, unlike pages of a mapped file, cannot be given back."""
+
+    def __init__(self) -> None:
+        self._before = self._peak = _anonymous_bytes()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.005):
+            self._peak = max(self._peak, _anonymous_bytes())
+
+    def stop(self) -> int:
+        """Return the peak above the beginning, in bytes."""
+        self._stopped.set()
+        self._thread.join()
+        return max(self._peak, _anonymous_bytes()) - self._before
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def _load_as_published(folder: Path) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    model = empty.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()  # stands for the published build, which fills every weight; drawing takes longer
+    for shard in sorted(folder.glob("*.bin")):
+        state = torch.load(shard, map_location="cpu", weights_only=True)
+        model.load_state_dict(state, strict=False)
+        del state
+        gc.collect()
+    return model
+
+
+def _digest(model: LlamaForCausalLM) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        assert tensor.dtype is torch.bfloat16
+        digest.update(f"{name} {tensor.flatten()[:4].tolist()}".encode())
+        # Through NumPy, as torch's sum of bfloat16 would first make a copy.
+        digest.update(str(tensor.view(torch.int16).numpy().sum(dtype=np.int64)).encode())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, settings: Settings) -> int:
+    """Write one checkpoint in both layouts; returns the tensors' bytes."""
+    config = LlamaConfig(**_COMMON, **SIZES[settings.preset])
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    total = sum(2 * shape.numel() for shape in shapes.values())
+    shards: list[dict[str, torch.Tensor]] = [{}, {}]
+    written, places = 0, {}
+    for name, shape in shapes.items():
+        which = int(written >= FIRST_SHARD * total)
+        # Random bits of a small range are made much faster than normal draws.
+        noise = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
+        shards[which][name] = noise.to(torch.float16).mul_(2**-20)
+        written += 2 * shape.numel()
+        places[name] = which
+    for layout, suffix, save in (("bin", "bin", torch.save), ("safetensors", "safetensors", _save_safetensors)):
+        target = folder / layout
+        target.mkdir()
+        stem = "pytorch_model" if layout == "bin" else "model"
+        names = [f"{stem}-0000{index + 1}-of-00002.{suffix}" for index in range(2)]
+        for name, shard in zip(names, shards, strict=True):
+            save(shard, target / name)
+        index = {"metadata": {"total_size": total}, "weight_map": {key: names[at] for key, at in places.items()}}
+        (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+        config.save_pretrained(target)
+        shutil.copy(worlds.TINY_WEIGHTS / "llama" / MODEL_FILE, target / MODEL_FILE)
+    return total
+
+
+def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})

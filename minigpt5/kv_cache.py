@@ -1,0 +1,53 @@
+"""Keys and values of decoded positions, in buffers with room for the next ones.
+
+transformers' ``DynamicCache`` copies everything it holds at every step; its ``StaticCache`` does not, but every
+step then attends to all of the room, masked or not. Here a step writes its own positions and attends to those
+that are filled.
+
+Shapes: B prompts, A heads, T positions, D head width.
+"""
+
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+_LEAST_ROOM = 64
+
+
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values, views of buffers ``[B, A, room, D]`` that double when they are full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write new positions ``[B, A, T, D]`` behind the held ones and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        keys, values = self._with_room(end, key_states)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def _with_room(self, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._buffers is not None and self._buffers[0].shape[2] >= end:
+            return self._buffers
+        samples, heads, _, width = like.shape
+        room = max(2 * end, _LEAST_ROOM)
+        keys, values = (like.new_empty(samples, heads, room, width) for _ in range(2))
+        held = self.get_seq_length()
+        if held:
+            keys[:, :, :held], values[:, :, :held] = self.keys, self.values
+        self._buffers = keys, values
+        return self._buffers
+
+
+def new_cache(config: LlamaConfig) -> Cache:
+    """Return an empty cache for a LLaMA."""
+    return Cache(layers=[BufferedLayer() for _ in range(config.num_hidden_layers)])
