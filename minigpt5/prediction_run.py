@@ -119,6 +119,7 @@ def _prediction(sample: Sample, reply: Reply, dataset: str) -> Prediction:
         text=reply.raw_text,
         target=sample.response,
         caption=sample.caption,
+        description=sample.description,
     )
 
 

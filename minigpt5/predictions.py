@@ -38,6 +38,8 @@ class Prediction:
     target: str
     """The wanted text (published ``gt_out``)."""
     caption: str | None = None
+    description: str | None = None
+    """What the wanted picture shows, where neither caption nor target say it."""
     images: tuple[str, ...] = ()
     """Generated pictures, in order."""
     target_images: tuple[str, ...] = ()

@@ -53,6 +53,9 @@ class Sample:
     input_images: tuple[Path, ...] = ()
     output_images: tuple[Path, ...] = ()
     caption: str | None = None
+    """Trains the caption loss and gives the baseline picture."""
+    description: str | None = None
+    """What the wanted picture shows where neither caption nor response say it; used in scores alone."""
 
 
 @dataclass(frozen=True)

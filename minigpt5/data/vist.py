@@ -67,7 +67,8 @@ def make_sample(story: Story, position: int, task: Task, options: ReadOptions) -
         text = options.choose(name, prompts.VIST_UNDERSTANDING).format(prompt=prompt)
         response = f"{step.caption} {prompts.STOP}"
         inputs, outputs = (*inputs, picture), ()
-    return Sample(name, task, prompts.VIST_SYSTEM + text, response, inputs, outputs)
+    described = step.caption if task is Task.GENERATION else None
+    return Sample(name, task, prompts.VIST_SYSTEM + text, response, inputs, outputs, description=described)
 
 
 def read_vist(path: Path, options: ReadOptions) -> VistIndex:

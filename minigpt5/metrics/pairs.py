@@ -37,8 +37,9 @@ def picture_values(
 
 
 def wanted_text(prediction: Prediction) -> str:
-    """Return the words a generated picture should show: the caption, else the wanted text without vokens."""
-    return clean_text(prediction.caption or "") or clean_text(prediction.target)
+    """Return the words a generated picture should show: caption, else description, else text without vokens."""
+    words = (prediction.caption, prediction.description, prediction.target)
+    return next((text for text in map(clean_text, (word or "" for word in words)) if text), "")
 
 
 def _picture_row(prediction: Prediction, features: PictureFeatures, texts: Mapping[str, Tensor]) -> SampleValues:

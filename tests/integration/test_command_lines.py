@@ -103,6 +103,8 @@ def test_stage_2_predicts_the_same_in_any_batch_and_after_a_kill(trained_shell):
     whole = read_predictions(folder)
     assert whole
     assert {prediction.dataset for prediction in whole} == {"vist"}
+    # the step's sentence is not in the response, but the picture is scored against it
+    assert all(prediction.description and prediction.description in prediction.prompt for prediction in whole)
 
     # A kill leaves whole lines and perhaps a torn one; the run goes on behind them.
     lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
@@ -110,6 +112,8 @@ def test_stage_2_predicts_the_same_in_any_batch_and_after_a_kill(trained_shell):
     assert shell.train_eval(*test, "--batch_size", "3") == 0
     assert read_predictions(folder) == whole
     assert shell.metric("--test_weight", "stage2_vist.ckpt") == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["scores"]["clip_text_similarity"]["count"] == len(whole)
 
 
 @pytest.mark.slow
