@@ -13,4 +13,4 @@ def test_data_equals_the_published_code():
     different = [row for row in rows if not row.equal]
     assert not different, "\n".join(str(row) for row in different[:20])
     groups = Counter(row.group for row in rows)
-    assert len(rows) > 4000 and len(groups) == 22, groups
+    assert len(rows) > 4000 and len(groups) == 24, groups
