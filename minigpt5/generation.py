@@ -99,8 +99,9 @@ def choose_scores(
 def _keep_likely(scores_BV: Tensor, config: GenerationConfig) -> Tensor:
     """Return a copy with everything outside top-k and top-p at minus infinity.
 
-    transformers' top-p sorts the whole vocabulary. Behind top-k it is given the few scores that are left, in the
-    order of their ids: the same choice at a fraction of the work.
+    transformers' top-p sorts the whole vocabulary. Behind top-k it is given the few scores that are left: the
+    same choice at a fraction of the work. (Which of several equal scores at its boundary stay is up to the sort in
+    either case; in the order of their ids, it does not depend on the batch.)
     """
     if not config.top_k:
         return scores_BV.clone() if config.top_p == 1.0 else _top_p(scores_BV, config.top_p)

@@ -64,10 +64,9 @@ class MiniGPT5(nn.Module):
             self.voken_ids = VokenIds.install(tokenizer, config.vokens.count)
             self.stops = stop_sequences(tokenizer, prompts.STOP)
         self.rows = VokenRows(embedding_VH, head_VH, base_size, config.vokens.count + 1)
-        if diffusion.width % config.mapper.num_heads:
-            raise InputError(
-                f"model.mapper.num_heads: {config.mapper.num_heads} does not divide the diffusion width {diffusion.width}"
-            )
+        heads, width = config.mapper.num_heads, diffusion.width
+        if width % heads:
+            raise InputError(f"model.mapper.num_heads: {heads} does not divide the diffusion width {width}")
         self.mapper = FeatureMapper(config.mapper, embedding_VH.shape[1], diffusion.width)
         self.reports: list[KeyReport] = []
         self.has_stage1 = False

@@ -10,7 +10,7 @@ from minigpt4.errors import InputError
 from minigpt5.cli import run_command
 
 DATA_SETS = ("cc3m", "vist", "mmdialog")
-PARTS = ("vae", "clip", "language", "unet", "vision")
+PARTS = ("vae", "clip", "language", "unet", "vision", "scorer")
 SHIPPED = Path(__file__).resolve().parent / "weights"
 FLOORS_NOT_MET = 1
 """Exit code."""

@@ -97,9 +97,9 @@ SCHEDULER: dict[str, Any] = {
 }
 CLIP: dict[str, Any] = {
     "model_cfg": {
-        "embed_dim": 32,
+        "embed_dim": 64,
         "quick_gelu": True,
-        "vision_cfg": {"image_size": PICTURE_SIZE, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "vision_cfg": {"image_size": PICTURE_SIZE, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
     },
     "preprocess_cfg": {

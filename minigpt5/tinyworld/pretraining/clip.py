@@ -6,7 +6,7 @@ Shapes: B pictures and captions, T tokens, S patches and the class token, D visi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
 
 RECIPE = Recipe(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+SCORER_RECIPE = RECIPE
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 _LARGEST_LOGIT_SCALE = math.log(100)
 """Both as in CLIP (arXiv 2103.00020, section 2.5)."""
@@ -36,39 +37,46 @@ class PeriodicEmbedding(nn.Embedding):
         return super().forward(ids_BT % self.num_embeddings)
 
 
-class ContrastivePairs(nn.Module):
-    """What the contrastive part trains.
+class VisionTextPair(nn.Module):
+    """The backbone's picture encoder and Stable Diffusion's text encoder, with heads that only training needs."""
 
-    Args:
-        vision: the backbone's picture encoder.
-        text_encoder: Stable Diffusion's text encoder.
-        scorer: an ``open_clip.CLIP``, whose token embedding is replaced by one of ``token_rows`` rows.
-        token_rows: R.
-    """
-
-    def __init__(self, vision: VisionEncoder, text_encoder: CLIPTextModel, scorer: Any, token_rows: int) -> None:
+    def __init__(self, vision: VisionEncoder, text_encoder: CLIPTextModel) -> None:
         super().__init__()
-        self.vision, self.text_encoder, self.scorer = vision, text_encoder, scorer
+        self.vision, self.text_encoder = vision, text_encoder
         joint = text_encoder.config.projection_dim
         self.vision_head = nn.Linear(vision.model.config.hidden_size, joint, bias=False)
         self.text_head = nn.Linear(text_encoder.config.hidden_size, joint, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(_FIRST_LOGIT_SCALE))
+
+    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Tensor:
+        """Return the contrastive loss of normalised pictures and their captions."""
+        pictures_BJ = self.vision_head(self.vision(pixels_B3SS).mean(dim=1))
+        texts_BJ = self.text_head(self.text_encoder(ids_BT).pooler_output)
+        return contrastive_loss(pictures_BJ, texts_BJ, self.logit_scale)
+
+
+class ScorerPair(nn.Module):
+    """An ``open_clip.CLIP`` while it is trained: its token embedding is one of R rows.
+
+    Args:
+        scorer: changed in place; :meth:`finished` gives it its full token embedding back.
+        token_rows: R.
+    """
+
+    def __init__(self, scorer: Any, token_rows: int) -> None:
+        super().__init__()
+        self.scorer = scorer
         rows_VE = scorer.token_embedding.weight.data
         scorer.token_embedding = PeriodicEmbedding(token_rows, rows_VE.shape[1])
         scorer.token_embedding.weight.data.copy_(rows_VE[:token_rows])
 
-    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor, scorer_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both pairs' contrastive losses for normalised pictures and two tokenizations of the captions."""
-        patches_BSD = self.vision(pixels_B3SS)
-        pictures_BJ = self.vision_head(patches_BSD.mean(dim=1))
-        texts_BJ = self.text_head(self.text_encoder(ids_BT).pooler_output)
-        own = contrastive_loss(pictures_BJ, texts_BJ, self.logit_scale)
-        scorer_texts_BJ = encode_short_text(self.scorer, scorer_ids_BT)
-        scores = contrastive_loss(self.scorer.encode_image(pixels_B3SS), scorer_texts_BJ, self.scorer.logit_scale)
-        return own, scores
+    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Tensor:
+        """Return the contrastive loss of normalised pictures and their captions."""
+        texts_BJ = encode_short_text(self.scorer, ids_BT)
+        return contrastive_loss(self.scorer.encode_image(pixels_B3SS), texts_BJ, self.scorer.logit_scale)
 
-    def finished_scorer(self) -> nn.Module:
-        """Give the scorer its full token embedding back and return it."""
+    def finished(self) -> nn.Module:
+        """Return the trained CLIP."""
         rows_RE = self.scorer.token_embedding.weight.data
         vocabulary = self.scorer.vocab_size
         full = nn.Embedding(vocabulary, rows_RE.shape[1])
@@ -94,29 +102,48 @@ def contrastive_loss(pictures_BJ: Tensor, texts_BJ: Tensor, logit_scale: Tensor)
     return (F.cross_entropy(logits_BB, targets_B) + F.cross_entropy(logits_BB.T, targets_B)) / 2
 
 
-class ClipObjective:
+def caption_ids(tokenizer: CaptionTokenizer) -> Callable[[list[str]], Tensor]:
+    """Return a function from captions to ids for Stable Diffusion's text encoder, padded to the longest.
+
+    Attention is causal: what is cut off behind the last end token changes no pooled state.
+    """
+    return lambda captions: tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
+
+
+def scorer_ids(context_length: int) -> Callable[[list[str]], Tensor]:
+    """Return a function from captions to ids for open_clip, padded to the longest."""
+    tokenizer = SimpleTokenizer(context_length=context_length)
+
+    def encode(captions: list[str]) -> Tensor:
+        ids_BT = tokenizer(captions)
+        return ids_BT[:, : int((ids_BT != 0).sum(dim=1).max())]
+
+    return encode
+
+
+class ContrastiveObjective:
     """Loss of one step.
 
     Args:
-        pairs: trained.
-        pool: pictures; a batch is made of whole groups, so every caption has negatives one attribute away.
-        tokenizer: of Stable Diffusion's text encoder.
+        pair: trained.
+        encode: captions → ids.
+        pool: pictures; a batch is made of whole groups, so every caption has negatives that differ little.
         recipe: batch size.
     """
 
-    def __init__(self, pairs: ContrastivePairs, pool: Pool, tokenizer: CaptionTokenizer, recipe: Recipe) -> None:
-        self.pairs, self.pool, self.tokenizer, self.recipe = pairs, pool, tokenizer, recipe
-        self.scorer_tokenizer = SimpleTokenizer(context_length=pairs.scorer.context_length)
+    def __init__(
+        self,
+        pair: VisionTextPair | ScorerPair,
+        encode: Callable[[list[str]], Tensor],
+        pool: Pool,
+        recipe: Recipe,
+    ) -> None:
+        self.pair, self.encode, self.pool, self.recipe = pair, encode, pool, recipe
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return each pair's loss and their sum."""
+        """Return the loss."""
         numbers = self.pool.draw_groups(generator, self.recipe.batch_size)
-        captions = self.pool.captions(numbers, generator)
-        device = self.pairs.logit_scale.device
-        pixels_B3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD)).to(device)
-        # Attention is causal: what is cut off behind the last end token changes no pooled state.
-        ids_BT = self.tokenizer(captions, padding=True, return_tensors="pt")["input_ids"].to(device)
-        scorer_ids_BT = self.scorer_tokenizer(captions)
-        longest = int((scorer_ids_BT != 0).sum(dim=1).max())
-        own, scores = self.pairs(pixels_B3SS, ids_BT, scorer_ids_BT[:, :longest].to(device))
-        return {"loss": own + scores, "own": own, "scorer": scores}
+        pixels_B3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
+        ids_BT = self.encode(self.pool.captions(numbers, generator))
+        device = next(self.pair.parameters()).device
+        return {"loss": self.pair(pixels_B3SS.to(device), ids_BT.to(device))}

@@ -102,7 +102,7 @@ def measure_vision(folder: Path, data: HeldOut) -> list[Measure]:
 
 
 @torch.no_grad()
-def measure_clip(folder: Path, data: HeldOut) -> list[Measure]:
+def measure_scorer(folder: Path, data: HeldOut) -> list[Measure]:
     """Top-1 retrieval among :data:`RETRIEVAL`, mean of picture → caption and caption → picture."""
     model: Any
     model, transform, tokenizer = load_compact_clip(folder / "clip")
@@ -113,14 +113,14 @@ def measure_clip(folder: Path, data: HeldOut) -> list[Measure]:
         similarity = F.normalize(pictures, dim=1) @ F.normalize(texts, dim=1).T
         wanted = torch.arange(len(similarity))
         scores += [float((similarity.argmax(dim=dim) == wanted).float().mean()) for dim in (0, 1)]
-    return [Measure("clip", f"retrieval: top-1 of {RETRIEVAL}", fmean(scores), 0.95)]
+    return [Measure("scorer", f"retrieval: top-1 of {RETRIEVAL}", fmean(scores), 0.95)]
 
 
 MEASURES: dict[str, Callable[[Path, HeldOut], list[Measure]]] = {
     "vae": measure_vae,
-    "clip": measure_clip,
     "unet": measure_unet,
     "vision": measure_vision,
+    "scorer": measure_scorer,
 }
 """Part → its measures; the language model is measured through the backbone's descriptions."""
 

@@ -30,7 +30,14 @@ from minigpt5.tinyworld.foundations import (
     write_foundations,
 )
 from minigpt5.tinyworld.pretraining.clip import RECIPE as CLIP_RECIPE
-from minigpt5.tinyworld.pretraining.clip import ClipObjective, ContrastivePairs
+from minigpt5.tinyworld.pretraining.clip import (
+    SCORER_RECIPE,
+    ContrastiveObjective,
+    ScorerPair,
+    VisionTextPair,
+    caption_ids,
+    scorer_ids,
+)
 from minigpt5.tinyworld.pretraining.examples import PictureWriter
 from minigpt5.tinyworld.pretraining.language import RECIPE as LANGUAGE_RECIPE
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
@@ -110,14 +117,22 @@ def _train_vae(place: Place, recipe: Recipe, pool_size: int) -> Measured:
 
 def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     models = _fresh(place)
-    pairs = ContrastivePairs(models.vision, models.text_encoder, models.clip, CLIP_TOKEN_ROWS).to(place.device)
-    tokenizer = load_clip_tokenizer(place.folder / "sd" / "tokenizer")
-    objective = ClipObjective(pairs, make_pool(pool_size, place.seed), tokenizer, recipe)
-    measured = train("clip", pairs, objective, recipe, place)
-    pairs.to("cpu")
+    pair = VisionTextPair(models.vision, models.text_encoder).to(place.device)
+    encode = caption_ids(load_clip_tokenizer(place.folder / "sd" / "tokenizer"))
+    objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
+    measured = train("clip", pair, objective, recipe, place)
+    pair.to("cpu")
     save_half(models.text_encoder, place.folder / "sd" / "text_encoder")
-    save_compact_clip(place.folder / "clip", pairs.finished_scorer().half(), CLIP, CLIP_TOKEN_ROWS)
     _save_eyes(place, Eyes(models.vision, models.qformer, models.projection))
+    return measured
+
+
+def _train_scorer(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    pair = ScorerPair(_fresh(place).clip, CLIP_TOKEN_ROWS).to(place.device)
+    encode = scorer_ids(pair.scorer.context_length)
+    objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
+    measured = train("scorer", pair, objective, recipe, place)
+    save_compact_clip(place.folder / "clip", pair.to("cpu").finished().half(), CLIP, CLIP_TOKEN_ROWS)
     return measured
 
 
@@ -176,6 +191,7 @@ PARTS: dict[str, Part] = {
     "clip": Part((), CLIP_RECIPE, _train_clip),
     "language": Part((), LANGUAGE_RECIPE, _train_language),
     "unet": Part(("vae", "clip"), UNET_RECIPE, _train_unet),
+    "scorer": Part((), SCORER_RECIPE, _train_scorer),
     "vision": Part(("clip", "language"), VISION_RECIPE, _train_vision),
 }
 """In an order that gives every part what it needs."""

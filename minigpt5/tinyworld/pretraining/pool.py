@@ -5,7 +5,6 @@ Shapes: N pictures of the pool, S side in pixels; 3 is RGB.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 
 import numpy as np
@@ -29,12 +28,14 @@ from minigpt5.tinyworld.scenes import (
     seeded,
 )
 
-GROUP = 4
-"""A scene and its neighbours, each of which differs from it in one attribute."""
+GROUP = 8
+"""A scene and its neighbours, each of which differs from it in one attribute or two."""
 _TWO_THINGS_SHARE = 0.5
 _NEIGHBOUR_TRIES = 100
 _CLEANED_SHARE = 0.5
 """Captions in the form that CC3M's reader gives them."""
+_CHANGES = ("shape", "position") * 3 + ("colour", "size", "background")
+"""What tells a neighbour; shape and position, the hardest to see, more often."""
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
 
 
@@ -83,10 +84,13 @@ def make_pool(count: int, seed: int) -> Pool:
 
 
 def neighbour(scene: Scene, rng: Random) -> Scene:
-    """Return a training scene that differs in one attribute, or has one swapped between its two things."""
-    change = partial(_swapped if len(scene.things) == 2 and rng.random() < 0.5 else _changed, scene, rng)
+    """Return a training scene that differs in one attribute or two, or has one swapped between its two things."""
+    swap = len(scene.things) == 2 and rng.random() < 0.5
+    changes = rng.choice((1, 2))
     for _ in range(_NEIGHBOUR_TRIES):
-        other = change()
+        other = _swapped(scene, rng) if swap else scene
+        for _ in range(0 if swap else changes):
+            other = _changed(other, rng)
         if other != scene and belongs(other, "train") and _is_drawable(other):
             return other
     return random_scene(rng, "train", things=len(scene.things))
@@ -98,7 +102,7 @@ def python_random(generator: torch.Generator) -> Random:
 
 
 def _changed(scene: Scene, rng: Random) -> Scene:
-    name = rng.choice(tuple(_VALUES))
+    name = rng.choice(_CHANGES)
     value = rng.choice(_VALUES[name])
     if name == "background":
         return Scene(scene.things, value)

@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from minigpt4.errors import InputError
 from minigpt5.checkpoint import load_checkpoint
 from minigpt5.config import GenerationConfig, LossConfig, Stage
 from minigpt5.data.types import Prompt
 from minigpt5.generation import choose_scores, stop_sequences
+from minigpt5.kv_cache import new_cache
 from minigpt5.model import MiniGPT5, build_model
 from tests.parity.model import model_config
 
@@ -127,3 +135,61 @@ def test_generation_leaves_the_mode_as_it_was(model):
     assert not model.backbone.training
     assert not model.diffusion.training
     model.eval()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 50, 500])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_of_a_batch_are_those_of_transformers_row_by_row(top_k, top_p, temperature):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 300) * 3
+    logits[1] = logits[1].round()  # equal scores, as bfloat16 gives them, also at the boundary of top-k
+    histories = [[1], [1, 7, 7, 9], [1, 250], [1, *range(20, 60)]]
+    config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = choose_scores(logits, histories, config)
+    for row, history in enumerate(histories):
+        ids = torch.tensor([history])
+        expected = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)(ids, logits[row : row + 1].clone())
+        if temperature != 1.0:
+            expected = TemperatureLogitsWarper(temperature)(ids, expected)
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(ids, expected)
+        if top_p < 1.0:
+            expected = TopPLogitsWarper(top_p)(ids, expected)
+        if row == 1:  # which of several equal scores top-p keeps is up to the sort
+            assert torch.equal(found[row].sort().values, expected[0].sort().values)
+        else:
+            assert torch.equal(found[row], expected[0])
+
+
+def test_choosing_leaves_the_logits_as_they_were():
+    logits = torch.randn(2, 30)
+    before = logits.clone()
+    for config in (GenerationConfig(), GenerationConfig(top_k=0, top_p=1.0, repetition_penalty=1.0)):
+        choose_scores(logits, [[1], [1, 2]], config, forced=[3, None], banned=4)
+        assert torch.equal(logits, before)
+
+
+def test_buffered_keys_and_values_are_those_of_the_dynamic_cache(model):
+    llama = model.backbone.language_model
+    caches = new_cache(llama.config), DynamicCache(config=llama.config)
+    torch.manual_seed(0)
+    for length in (5, 1, 1, 7, *[1] * 70):  # beyond the first room
+        embeds = torch.randn(2, length, llama.config.hidden_size)
+        with torch.no_grad():
+            ours, theirs = (
+                llama.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state for cache in caches
+            )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_vokens_enter_in_one_step_where_all_replies_read_them(model):
+    widths = []
+    layer = model.backbone.language_model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    model.decode_prompts(prompts()[:1] * 2, dataclasses.replace(SETTINGS, images="force", max_new_tokens=3))
+    hook.remove()
+    assert widths[1] == model.voken_ids.count
+    assert max(widths[2:], default=1) == 1

@@ -10,7 +10,7 @@ from minigpt4.language_model import load_tokenizer
 from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.captions import read_attributes
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
-from minigpt5.tinyworld.pretraining.clip import ContrastivePairs, contrastive_loss, encode_short_text
+from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
 from minigpt5.tinyworld.pretraining.examples import (
     PictureWriter,
@@ -66,7 +66,7 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
     }
     expected = {"vae": {"sd"}, "unet": {"sd"}, "language": {"llama"}}
     eyes = {"eva_vit.pth", "blip2_qformer.pth"}
-    expected |= {"clip": {"sd", "clip", *eyes}, "vision": {"minigpt4.pth", *eyes}}
+    expected |= {"scorer": {"clip"}, "clip": {"sd", *eyes}, "vision": {"minigpt4.pth", *eyes}}
     assert changed - {"pretraining"} == expected[name]
 
 
@@ -174,9 +174,9 @@ def test_scorer_trains_on_short_texts_and_stored_rows_alone(folder):
     models = build_foundations(300, 520, seed=1)
     ids = open_clip.SimpleTokenizer(context_length=CLIP["model_cfg"]["text_cfg"]["context_length"])(TEXTS)
     expected = models.clip.encode_text(ids)
-    pairs = ContrastivePairs(models.vision, models.text_encoder, models.clip, CLIP_TOKEN_ROWS)
+    pairs = ScorerPair(models.clip, CLIP_TOKEN_ROWS)
     torch.testing.assert_close(encode_short_text(pairs.scorer, ids[:, :12]), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(pairs.finished_scorer().encode_text(ids), expected)
+    torch.testing.assert_close(pairs.finished().encode_text(ids), expected)
 
 
 def test_contrastive_loss_is_that_of_open_clip():
@@ -197,7 +197,7 @@ def test_descriptions_are_compared_with_either_thing():
 
 
 def test_evaluate_prints_floors_and_names_what_is_not_met(folder, capsys):
-    code = main(["evaluate", "--weights", str(folder), "--parts", "clip", "--count", "100"])
+    code = main(["evaluate", "--weights", str(folder), "--parts", "scorer", "--count", "100"])
     printed = capsys.readouterr()
     assert code == 1
     assert "retrieval: top-1 of 100" in printed.out
