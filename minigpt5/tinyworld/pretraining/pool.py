@@ -9,11 +9,12 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt5.data.cc3m import clean_caption
 from minigpt5.tinyworld.captions import caption
-from minigpt5.tinyworld.renderer import render
+from minigpt5.tinyworld.renderer import render, thing_mask
 from minigpt5.tinyworld.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -32,6 +33,8 @@ GROUP = 8
 """A scene and its neighbours, each of which differs from it in one attribute or two."""
 _TWO_THINGS_SHARE = 0.5
 _NEIGHBOUR_TRIES = 100
+_MARGIN = 2
+"""Pixels around a thing."""
 _CLEANED_SHARE = 0.5
 """Captions in the form that CC3M's reader gives them."""
 _CHANGES = ("shape", "position") * 3 + ("colour", "size", "background")
@@ -49,6 +52,14 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def masks(self, numbers: Sequence[int]) -> Tensor:
+        """Return 1 where a picture has a thing or its margin for jitter and blur, else 0: ``[B, 1, S, S]``."""
+        covered = [
+            np.max([thing_mask(thing) for thing in self.scenes[number].things], axis=0) for number in numbers
+        ]
+        masks_B1SS = torch.from_numpy(np.stack(covered))[:, None].gt(0).float()
+        return F.max_pool2d(masks_B1SS, 2 * _MARGIN + 1, stride=1, padding=_MARGIN)
 
     def draw(self, generator: torch.Generator, count: int) -> list[int]:
         """Draw picture numbers uniformly."""
