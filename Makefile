@@ -10,12 +10,13 @@ STAMP := $(VENV)/.installed-requirements
 # More threads than cores slow the small models down; the workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install test demo lint parity-lavis clean
+.PHONY: help install test demo bench lint parity-lavis clean
 
 help:
 	@echo "make install  virtual environment in $(VENV) with everything needed"
 	@echo "make test     all tests"
 	@echo "make demo     train, generate and score the tiny model; prints where the report is"
+	@echo "make bench    measure the published way of computing against ours; PRESET=tiny, mid or 7b"
 	@echo "make lint     ruff and mypy"
 	@echo "make parity-lavis  a second environment with LAVIS, compared with our vision parts"
 	@echo "make clean    remove caches and the demo's files"
@@ -35,6 +36,11 @@ test: install
 
 demo: install
 	$(BIN)/python examples/demo.py --out $(DEMO)
+
+PRESET ?= mid
+
+bench: install
+	$(BIN)/python benchmarks/run.py --preset $(PRESET)
 
 lint: install
 	$(BIN)/ruff check

@@ -97,7 +97,7 @@ def _published_index(folder: Path) -> list[tuple[str, str]]:
 
     table = pd.read_csv(folder / FILE, sep="\t")
     captions, paths, sources, targets, tasks = [], [], [], [], []
-    for index, row in table.iterrows():
+    for index, (_, row) in enumerate(table.iterrows()):
         text = _clean(row["caption"])
         picture = str(folder / row["image_path"])
         captions.append(text)

@@ -156,8 +156,8 @@ def print_table(report: Report) -> None:
     """Print a suite's rows."""
     settings = report.settings
     print(f"\n{settings.suite} · {settings.preset} · median of {settings.repeats} · {settings.device}")
-    for line in report.equal:
-        print(f"  equal: {line}")
+    for compared in report.equal:
+        print(f"  equal: {compared}")
     header = ("", "reference", "ours", "", "ratio", "")
     lines = [header, *(_cells(row) for row in report.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -13,7 +13,7 @@ from minigpt5.tinyworld.captions import caption
 from minigpt5.tinyworld.renderer import render
 from minigpt5.tinyworld.scenes import random_scene, seeded
 
-PICTURES = {"tiny": 256, "mid": 32, "7b": 512}
+PICTURES = {"tiny": 64, "mid": 32, "7b": 512}
 MODELS = {"mid": "ViT-B-32-quickgelu", "7b": "ViT-L-14-quickgelu"}
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 

@@ -54,8 +54,8 @@ class ReferenceModel(nn.Module):
         llama.get_output_embeddings().weight = self.head
         llama.get_input_embeddings().num_embeddings = llama.config.vocab_size = len(self.embedding)
         is_new = torch.arange(len(self.embedding), device=self.embedding.device)[:, None] >= base
-        self.register_buffer("embedding_mask", is_new * torch.ones_like(self.embedding))
-        self.register_buffer("head_mask", is_new * torch.ones_like(self.head))
+        self.embedding_mask = is_new * torch.ones_like(self.embedding)
+        self.head_mask = is_new * torch.ones_like(self.head)
 
     def optimizer(self, training: TrainingConfig, mapper_factor: float) -> torch.optim.Optimizer:
         """Return AdamW over everything that has a gradient, masked or not."""
@@ -109,12 +109,12 @@ class ReferenceModel(nn.Module):
         rows = []
         for row in range(batch.size):
             length = int(batch.attention_mask_BT[row].sum())
-            ids, labels = batch.input_ids_BT[row, :length], batch.labels_BT[row, :length]
-            rows.append(self._assemble_one(ids, labels, pictures))
-        longest = max(len(embeds) for embeds, _ in rows)
-        embeds = [F.pad(embeds, (0, 0, 0, longest - len(embeds))) for embeds, _ in rows]
-        labels = [F.pad(labels, (0, longest - len(labels)), value=IGNORE_INDEX) for _, labels in rows]
-        masks = [torch.arange(longest, device=labels[0].device) < len(embeds) for embeds, _ in rows]
+            ids_T, labels_T = batch.input_ids_BT[row, :length], batch.labels_BT[row, :length]
+            rows.append(self._assemble_one(ids_T, labels_T, pictures))
+        longest = max(len(row) for row, _ in rows)
+        embeds = [F.pad(row, (0, 0, 0, longest - len(row))) for row, _ in rows]
+        labels = [F.pad(wanted, (0, longest - len(wanted)), value=IGNORE_INDEX) for _, wanted in rows]
+        masks = [torch.arange(longest, device=labels[0].device) < len(row) for row, _ in rows]
         return torch.stack(embeds), torch.stack(masks).long(), torch.stack(labels)
 
     def _assemble_one(self, ids_T: Tensor, labels_T: Tensor, pictures: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

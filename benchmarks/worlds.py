@@ -121,7 +121,7 @@ def _build_random(config: RunConfig, dtype: torch.dtype, device: torch.device) -
 
 def _tokenizer(vocabulary: int) -> LlamaTokenizer:
     """Return the tiny world's tokenizer, filled up to ``vocabulary`` pieces that no text holds."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString((TINY_WEIGHTS / "llama" / MODEL_FILE).read_bytes())
     for index in range(len(model.pieces), vocabulary):
         model.pieces.add(piece=f"▁filler{index}", score=-1e6)

@@ -114,6 +114,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what came after the epoch's last validation."""
+        # The first process's progress bar has averaged the epoch's metrics over all processes by now. The others
+        # have to take part before they wait for each other to save, or none ever goes on.
+        _ = trainer.callback_metrics
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -36,7 +36,7 @@ def _states_behind_constants(language_model: LlamaForCausalLM, embeds_BTH: Tenso
     cache = DynamicCache(config=language_model.config)
     with torch.no_grad():
         hidden_BCH = language_model.model(
-            inputs_embeds=embeds_BTH[:, :longest],
+            inputs_embeds=embeds_BTH.detach()[:, :longest],
             attention_mask=prompt.mask_BT[:, :longest],
             past_key_values=cache,
             use_cache=True,

@@ -1,0 +1,91 @@
+"""The benchmarks compare equals, and write down what they find."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import floor, generate, train
+from benchmarks.harness import Row, Settings, alternate
+from minigpt5.config import PROJECT_ROOT, Stage, load_config
+from minigpt5.model import build_random
+
+
+def settings(suite: str) -> Settings:
+    return Settings(suite, "tiny", 1, 0, torch.device("cpu"), torch.get_num_threads())
+
+
+@pytest.mark.parametrize("stage", train.STAGES.values(), ids=list(train.STAGES))
+def test_our_training_steps_are_the_reference_paths(stage):
+    line = train._Paths(settings("train"), stage).check_equal()
+    assert line.startswith("losses of 3 steps")
+
+
+def test_our_batched_replies_are_the_reference_paths_one_by_one(monkeypatch):
+    for name, value in {"BATCH_SIZE": 3, "NEW_TOKENS": 12, "STEPS": 2}.items():
+        monkeypatch.setattr(generate, name, value)
+    assert "tokens of 3 replies" in generate._Paths(settings("generate")).check_equal()
+
+
+def test_ratio_is_above_one_where_ours_is_better():
+    assert Row("time", "s", reference=2.0, ours=1.0).ratio == 2.0
+    assert Row("rate", "1/s", reference=1.0, ours=2.0, higher_is_better=True).ratio == 2.0
+    assert Row("alone", "s", reference=None, ours=1.0).ratio is None
+
+
+def test_paths_take_turns_and_the_first_round_does_not_count():
+    order = []
+
+    def path(name, seconds):
+        values = iter(seconds)
+
+        def run():
+            order.append(name)
+            return {"total": next(values)}
+
+        return run
+
+    medians = alternate({"a": path("a", [9, 1, 2, 3]), "b": path("b", [9, 4, 4, 5])}, repeats=3)
+    assert order == ["a", "b"] * 4
+    assert medians == {"a": {"total": 2}, "b": {"total": 4}}
+
+
+def test_counted_floor_of_a_small_model():
+    config = load_config(PROJECT_ROOT / "config" / "tiny.yaml", {}, {})
+    with torch.device("meta"):
+        model = build_random(config.model, config.loss, Stage.ALIGNMENT)
+        layers = sum(parameter.numel() for parameter in model.backbone.language_model.model.layers.parameters())
+        parts = {part.name: part for part in floor.count_step(model, 2, 40, 10, 1)}
+    products = 2 * 2 * 30 * layers
+    counted = parts["LLaMA forward, constants"].flop
+    assert products * 0.99 < counted < products * 1.1  # attention's own products come on top
+    assert parts["UNet forward"].flop > 0 and "ViT and Q-Former" in parts
+
+
+@pytest.mark.slow
+def test_a_suite_prints_its_table_and_writes_machine_versions_and_seed(tmp_path):
+    command = [sys.executable, str(PROJECT_ROOT / "benchmarks" / "run.py"), "--suite", "metric"]
+    command += [
+        "--preset",
+        "tiny",
+        "--repeats",
+        "1",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "CLIP similarities" in finished.stdout
+    (path,) = tmp_path.glob("*-metric-tiny-cpu.json")
+    content = json.loads(path.read_text())
+    assert content["seed"] == 3 and content["equal"]
+    assert {"processor", "threads", "packages"} <= content["machine"].keys()
+    assert content["rows"][0]["ratio"] > 0
