@@ -1,4 +1,4 @@
-"""Command line of the tiny world: ``python -m minigpt5.tinyworld {data,init,pretrain,evaluate}``."""
+"""Command line of the tiny world: ``python -m minigpt5.tinyworld {data,init,pretrain,evaluate,score}``."""
 
 import argparse
 import sys
@@ -63,6 +63,12 @@ def _add_pretraining(commands: Any) -> None:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run=_evaluate)
 
+    score = commands.add_parser("score", help="measure replies over tiny-world data against their floors")
+    score.add_argument(
+        "folders", type=Path, nargs="+", help="folders of predictions, as train_eval.py writes them"
+    )
+    score.set_defaults(run=_score)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit code.
@@ -115,6 +121,20 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not options.weights.is_dir():
         raise InputError(f"--weights {options.weights}: no such folder")
     return _report(options.weights, options.parts, options.count, options.seed)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from minigpt5.tinyworld.quality import score_folder
+
+    missed = []
+    for folder in options.folders:
+        print(f"{folder}:")
+        for share in score_folder(folder):
+            print(f"  {share}", flush=True)
+            missed += [] if share.met else [f"{folder}: {share.name}"]
+    if missed:
+        print(f"floors not met: {'; '.join(missed)}", file=sys.stderr)
+    return FLOORS_NOT_MET if missed else 0
 
 
 def _report(folder: Path, parts: Sequence[str], count: int, seed: int) -> int:

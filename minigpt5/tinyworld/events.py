@@ -1,9 +1,16 @@
 """What can happen to a scene: one attribute changes, another thing comes or goes; the rest stays as it is."""
 
+import re
 from dataclasses import dataclass, replace
 from random import Random
 
-from minigpt5.tinyworld.captions import BACKGROUND_PHRASES, POSITION_PHRASES, SIZE_WORDS, noun_phrase
+from minigpt5.tinyworld.captions import (
+    BACKGROUND_PHRASES,
+    POSITION_PHRASES,
+    SIZE_WORDS,
+    noun_phrase,
+    read_attributes,
+)
 from minigpt5.tinyworld.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -15,6 +22,17 @@ from minigpt5.tinyworld.scenes import (
     random_second,
 )
 
+_LEAVES = ("goes away", "leaves")
+_MEANS = {
+    "grows": ("size", "big"),
+    "shrinks": ("size", "small"),
+    "night falls": ("background", "night"),
+    "it gets dark": ("background", "night"),
+    "it is night": ("background", "night"),
+    "a new day comes": ("background", "sky"),
+    "into the day sky": ("background", "sky"),
+}
+"""What a sentence says without naming the value."""
 EVENT_KINDS = ("move", "resize", "recolour", "background", "meet", "leave")
 
 
@@ -96,6 +114,25 @@ def _describe_background(background: str, rng: Random, it: str) -> str:
         return rng.choice(sentences)
     ground = rng.choice(BACKGROUND_PHRASES[background])
     return rng.choice((f"then {it} lands {ground} .", f"now {it} is {ground} .", f"next {it} is {ground} ."))
+
+
+def fits(text: str, scene: Scene) -> bool:
+    """Whether a story's sentence can stand under a picture of ``scene``.
+
+    Everything it names must be true of one thing and of the background; a thing that leaves must be gone. A
+    sentence that names nothing does not fit.
+    """
+    said = dict(read_attributes(text))
+    said |= dict(value for words, value in _MEANS.items() if words in text.lower())
+    if moved := re.search(rf"\bto the ({'|'.join(sorted(POSITIONS, key=len, reverse=True))})\b", text.lower()):
+        said["position"] = moved[1]
+    background = said.pop("background", None)
+    if background not in (None, scene.background):
+        return False
+    agrees = any(all(getattr(thing, name) == value for name, value in said.items()) for thing in scene.things)
+    if any(words in text.lower() for words in _LEAVES):
+        return bool(said) and not agrees
+    return agrees and bool(said or background)
 
 
 def _is_drawable(scene: Scene) -> bool:

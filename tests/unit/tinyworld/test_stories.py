@@ -4,7 +4,7 @@ from dataclasses import fields
 import pytest
 
 from minigpt5.tinyworld.captions import read_attributes
-from minigpt5.tinyworld.events import EVENT_KINDS, describe_event, possible_events, random_event
+from minigpt5.tinyworld.events import EVENT_KINDS, describe_event, fits, possible_events, random_event
 from minigpt5.tinyworld.scenes import Thing, belongs, random_scene, seeded
 from minigpt5.tinyworld.stories import STORY_LENGTH, make_story
 
@@ -84,3 +84,21 @@ def test_events_name_the_main_thing_as_asked():
     for choices in possible_events(scene, "train", rng).values():
         text = describe_event(scene, choices[0], rng, it="the star")
         assert " it " not in f" {text} " or text in ("it gets dark .", "now it is night .")
+
+
+def test_every_told_event_fits_the_picture_after_it_and_not_the_one_before():
+    kinds = Counter()
+    for index in range(300):
+        steps = make_story(0, "validation", index).steps
+        for before, step in zip(steps, steps[1:], strict=False):
+            assert fits(step.text, step.scene), (step.text, step.scene)
+            kinds[step.event] += 1
+            # "it" may be either of two things.
+            if len(before.scene.things) == 1:
+                assert not fits(step.text, before.scene), (step.text, before.scene)
+    assert set(kinds) == set(EVENT_KINDS)
+
+
+@pytest.mark.parametrize("text", ["", "look at this .", "it it it", "it turns .", "the goes away ."])
+def test_a_sentence_that_names_nothing_fits_no_picture(text):
+    assert not fits(text, random_scene(seeded(0, "train", 0), "train"))

@@ -1,0 +1,86 @@
+import pytest
+
+from minigpt4.errors import InputError
+from minigpt5.predictions import Prediction, PredictionStore
+from minigpt5.tinyworld.__main__ import main
+from minigpt5.tinyworld.quality import score_folder
+from minigpt5.tinyworld.renderer import render
+from minigpt5.tinyworld.scenes import Scene, Thing, seeded
+
+STAR = Thing("star", "red", "big", "top")
+RING = Thing("ring", "blue", "small", "lower left")
+WANTED = Scene((STAR,), "snow")
+
+
+def picture(scene):
+    return render(scene, seeded(0, "validation", "test"))
+
+
+def store(folder, dataset, *replies):
+    """Write replies (task, text, wanted scene, made scene, shown scene) as a prediction store."""
+    predictions = PredictionStore(folder, {})
+    for number, (task, text, *scenes) in enumerate(replies):
+        wanted, made, shown = ([picture(scene)] if scene else [] for scene in scenes)
+        prediction = Prediction(str(number), dataset, task, "", text, "")
+        predictions.append(prediction, images=made, target_images=wanted, input_images=shown)
+    return {share.name: (share.right, share.total) for share in score_folder(folder)}
+
+
+def test_each_attribute_counts_for_itself_and_a_missing_picture_is_wrong_in_all(tmp_path):
+    made = [
+        WANTED,
+        Scene((Thing("star", "red", "small", "top"),), "snow"),
+        Scene((Thing("star", "blue", "big", "top"),), "night"),
+        None,
+    ]
+    found = store(tmp_path, "cc3m", *(("caption", "[IMG0]", WANTED, one, None) for one in made))
+    assert found == {
+        "shape_and_colour": (2, 4),
+        "all_attributes": (1, 4),
+        "size": (2, 4),
+        "position": (3, 4),
+        "background": (2, 4),
+        "modality": (3, 4),
+    }
+
+
+def test_both_things_must_be_there_in_either_order(tmp_path):
+    both = Scene((STAR, RING), "snow")
+    made = [Scene((RING, STAR), "snow"), Scene((STAR,), "snow"), None]
+    found = store(tmp_path, "cc3m", *(("caption", "", both, one, None) for one in made))
+    assert found["both_things"] == (1, 3)
+    assert found["all_attributes"] == (2, 3)
+
+
+def test_a_story_sentence_is_held_against_the_shown_or_the_made_picture(tmp_path):
+    found = store(
+        tmp_path,
+        "vist",
+        ("understanding", "it turns red .", None, None, WANTED),
+        ("understanding", "it turns blue .", None, None, WANTED),
+        ("multimodal", "it turns blue . [IMG0]", WANTED, Scene((RING,), "snow"), None),
+        ("multimodal", "it turns blue .", WANTED, None, None),
+        ("generation", "[IMG0]", WANTED, WANTED, None),
+    )
+    assert found["text_consistent"] == (2, 3)
+    assert found["modality"] == (4, 5)
+
+
+def test_a_picture_that_nobody_wanted_is_the_wrong_modality(tmp_path):
+    found = store(tmp_path, "mmdialog", ("dialogue", "", None, WANTED, None), ("dialogue", "", None, None, None))
+    assert found == {"modality": (1, 2)}
+
+
+def test_the_command_prints_each_share_and_fails_below_a_floor(tmp_path, capsys):
+    store(tmp_path / "good", "cc3m", ("caption", "", WANTED, WANTED, None))
+    store(tmp_path / "bad", "cc3m", ("caption", "", WANTED, Scene((RING,), "snow"), None))
+    assert main(["score", str(tmp_path / "good")]) == 0
+    assert main(["score", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
+    printed = capsys.readouterr()
+    assert "shape and colour of its main thing" in printed.out
+    assert printed.err == f"floors not met: {tmp_path / 'bad'}: shape_and_colour\n"
+
+
+def test_a_folder_without_predictions_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no predictions"):
+        score_folder(tmp_path)
