@@ -35,11 +35,11 @@ def main(argv: Sequence[str]) -> None:
     predictions = read_predictions(folder)
     dataset = arguments.dataset or dataset_of(predictions, folder)
 
-    from minigpt5.metrics.report import format_value, write_report
+    from minigpt5.metrics.report import format_value, possible, write_report
     from minigpt5.metrics.suites import score
 
     scores = score(dataset, predictions, folder, config.metrics, paths.cc3m)
-    for name, one in scores.scores.items():
+    for name, one in possible(scores.scores, scores).items():
         print(f"{name:36} {format_value(one.value):>9}   over {one.count} of {one.total} {one.unit}")
     for note in scores.notes:
         print(f"notice: {note}", file=sys.stderr)

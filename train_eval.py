@@ -6,6 +6,8 @@ Published usage, unchanged::
     python train_eval.py --is_training True --train_data_path cc3m_val.tsv --val_data_path cc3m_val.tsv \
         --model_save_name stage1_cc3m_{epoch}-{step} --gpus 0
     python train_eval.py --test_data_path cc3m_val.tsv --test_weight stage1_cc3m.ckpt --gpus 0
+
+``--plan`` prints how much memory a run needs, without weights or a GPU.
 """
 
 import os
@@ -26,6 +28,11 @@ def main(argv: Sequence[str]) -> int:
     config = resolve_config(arguments, os.environ)
     for notice in arguments.notices:
         print(f"notice: {notice}", file=sys.stderr)
+    if arguments.plan is not None:
+        from minigpt5.plan import report
+
+        print("\n".join(report(config, arguments.plan)))
+        return 0
     # torch and its friends take seconds to import: not before the flags are known to be right.
     from minigpt5.runs import predict, train
 

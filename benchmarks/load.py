@@ -1,7 +1,8 @@
 """Loading the language model: peak resident memory and seconds, over a synthetic checkpoint of several GB.
 
-The files are float16, as Vicuna's, and the model is wanted in bfloat16. The reference is what transformers 4.31
-does for the published code: build the model, read a whole shard, copy it.
+The model is wanted in bfloat16. The files are float16, as Vicuna's, so that every tensor is converted, and again
+bfloat16, so that none is. The reference is what transformers 4.31 does for the published code: build the model,
+read a whole shard of the float16 files, copy it.
 """
 
 import gc
@@ -29,8 +30,14 @@ GIBIBYTE = 2**30
 _COMMON = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "mid": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 18, "num_attention_heads": 16},
+    "mid": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 28, "num_attention_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+LAYOUTS = {
+    "bin float16": torch.float16,
+    "safetensors float16": torch.float16,
+    "bin bfloat16": torch.bfloat16,
+    "safetensors bfloat16": torch.bfloat16,
 }
 FIRST_SHARD = 0.74
 """Share of the first of two shards, as in Vicuna-7B's folder."""
@@ -42,14 +49,14 @@ def measure(settings: Settings) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         size = _write(Path(folder), settings) / GIBIBYTE
         found = {}
-        for path in ("reference", "bin", "safetensors"):
+        for path in ("reference", *LAYOUTS):
             found[path] = in_child(settings, f"{path}:{folder}")
     digests = {str(values["digest"]) for values in found.values()}
     if len(digests) != 1:
         raise AssertionError(f"the paths loaded different weights: {digests}")
-    report.equal.append(f"every loaded tensor of a {size:.2f} GiB float16 checkpoint, in bfloat16")
+    report.equal.append(f"every loaded tensor of a {size:.2f} GiB checkpoint, in bfloat16")
     published = found["reference"]
-    for path in ("bin", "safetensors"):
+    for path in LAYOUTS:
         report.add(f"{path}: time", "s", published["seconds"], found[path]["seconds"])
         for name, label in (("peak", "peak resident"), ("anonymous", "peak without file pages")):
             theirs, ours = (values[name] / GIBIBYTE for values in (published, found[path]))
@@ -65,7 +72,7 @@ def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
     watch = _AnonymousPeak()
     start = time.perf_counter()
     if how == "reference":
-        model = _load_as_published(Path(folder) / "bin")
+        model = _load_as_published(Path(folder) / "bin float16")
     else:
         config = LanguageModelConfig(weights=str(Path(folder) / how))
         model, _, _ = load_language_model(config, torch.bfloat16)
@@ -126,7 +133,7 @@ def _digest(model: LlamaForCausalLM) -> str:
 
 
 def _write(folder: Path, settings: Settings) -> int:
-    """Write one checkpoint in both layouts; returns the tensors' bytes."""
+    """Write one checkpoint in every layout; returns the tensors' bytes."""
     config = LlamaConfig(**_COMMON, **SIZES[settings.preset])
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
@@ -141,13 +148,14 @@ def _write(folder: Path, settings: Settings) -> int:
         shards[which][name] = noise.to(torch.float16).mul_(2**-20)
         written += 2 * shape.numel()
         places[name] = which
-    for layout, suffix, save in (("bin", "bin", torch.save), ("safetensors", "safetensors", _save_safetensors)):
+    for layout, dtype in LAYOUTS.items():
         target = folder / layout
         target.mkdir()
-        stem = "pytorch_model" if layout == "bin" else "model"
+        suffix = layout.partition(" ")[0]
+        stem, save = ("pytorch_model", torch.save) if suffix == "bin" else ("model", _save_safetensors)
         names = [f"{stem}-0000{index + 1}-of-00002.{suffix}" for index in range(2)]
         for name, shard in zip(names, shards, strict=True):
-            save(shard, target / name)
+            save({key: value.to(dtype) for key, value in shard.items()}, target / name)
         index = {"metadata": {"total_size": total}, "weight_map": {key: names[at] for key, at in places.items()}}
         (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
         config.save_pretrained(target)

@@ -1,4 +1,4 @@
-"""The whole job at tiny size on a CPU: data, both training stages, generation, scores, report.
+"""The whole job at tiny size on a CPU: data, both training stages, replies, scores, one page to look at.
 
 It runs the commands a user would type, and shows each before it runs: ``python examples/demo.py``.
 """
@@ -9,10 +9,73 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
+TRAIN, VALIDATION = 1000, 96
+"""Records of each data set."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint: what it is trained on and how it is tested."""
+
+    name: str
+    folder: str
+    train_file: str
+    validation_file: str
+    test_file: str
+    test_flags: tuple[str, ...] = ()
+
+    @property
+    def is_stage2(self) -> bool:
+        """Whether it goes on from stage 1's checkpoint."""
+        return self.name.startswith("stage2")
+
+    def variables(self, out: Path, config: str) -> dict[str, str]:
+        """Return the published environment variables."""
+        return {
+            "IS_STAGE2": str(self.is_stage2),
+            "DATAFOLDER": str(out / "datasets" / self.folder),
+            "MINIGPT5_CONFIG": config,
+            "WEIGHTFOLDER": str(out / "weights"),
+            "OUTPUT_FOLDER": str(out / "outputs"),
+            "CC3M_FOLDER": str(out / "datasets" / "CC3M"),
+        }
+
+    def train(self, out: Path, config: str) -> None:
+        """Train on the job's data."""
+        files = ["--train_data_path", self.train_file, "--val_data_path", self.validation_file]
+        names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
+        flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0"]
+        run(flags, self.variables(out, config))
+
+    def test(self, out: Path, config: str) -> None:
+        """Reply to the job's held-out records and score the replies."""
+        weights = ["--test_weight", f"{self.name}.ckpt", *self._stage1()]
+        flags = ["--test_data_path", self.test_file, *weights, "--gpus", "0", *self.test_flags]
+        run(["train_eval.py", *flags], self.variables(out, config))
+        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], self.variables(out, config))
+
+    def _stage1(self) -> list[str]:
+        return ["--stage1_weight", f"{JOBS[0].name}.ckpt"] if self.is_stage2 else []
+
+
+STORY_TASKS = ("--set", "data.tasks=[generation, multimodal, understanding]")
+JOBS = (
+    Job("stage1_cc3m", "CC3M", "cc3m_train.tsv", "cc3m_val.tsv", "cc3m_val.tsv"),
+    Job("stage2_vist", "VIST", "train_cleaned.json", "val_cleaned.json", "val_cleaned.json", STORY_TASKS),
+    Job(
+        "stage2_mmdialog",
+        "MMDialog",
+        "train/train_conversations.txt",
+        "validation/validation_conversations.txt",
+        "test/test_conversations.txt",
+    ),
+)
 
 
 def run(arguments: list[str], variables: dict[str, str]) -> None:
@@ -38,29 +101,22 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it writes")
-    parser.add_argument("--train", type=int, default=96, help="training records a data set")
-    parser.add_argument("--val", type=int, default=8, help="held-out records a data set")
+    parser.add_argument("--train", type=int, default=TRAIN, help="training records a data set")
+    parser.add_argument("--val", type=int, default=VALIDATION, help="held-out records a data set")
     parser.add_argument("--config", default="config/tiny.yaml", help="configuration of every command")
     options = parser.parse_args()
+    started = time.monotonic()
     folder = options.out.resolve()
     fresh_folder(folder)
-    data, weights, outputs = folder / "datasets", folder / "weights", folder / "outputs"
-    shared = {"MINIGPT5_CONFIG": options.config, "WEIGHTFOLDER": str(weights), "OUTPUT_FOLDER": str(outputs)}
-    stage1 = {"IS_STAGE2": "False", "DATAFOLDER": str(data / "CC3M"), **shared}
-    stage2 = {"IS_STAGE2": "True", "DATAFOLDER": str(data / "VIST"), **shared}
-
-    sizes = ["--train", str(options.train), "--val", str(options.val), "--seed", "0"]
-    run(["-m", "minigpt5.tinyworld", "data", "--out", str(data), *sizes], {})
-    training = ["train_eval.py", "--is_training", "True", "--gpus", "0"]
-    files = ["--train_data_path", "cc3m_train.tsv", "--val_data_path", "cc3m_val.tsv"]
-    run([*training, *files, "--model_save_name", "stage1_cc3m_{epoch}-{step}"], stage1)
-    files = ["--train_data_path", "train_cleaned.json", "--val_data_path", "val_cleaned.json"]
-    names = ["--model_save_name", "stage2_vist_{epoch}-{step}", "--stage1_weight", "stage1_cc3m.ckpt"]
-    run([*training, *files, *names], stage2)
-    weight_flags = ["--test_weight", "stage2_vist.ckpt", "--stage1_weight", "stage1_cc3m.ckpt"]
-    run(["train_eval.py", "--test_data_path", "val_cleaned.json", *weight_flags, "--gpus", "0"], stage2)
-    run(["metric.py", "--test_weight", "stage2_vist.ckpt"], stage2)
-    print(f"\nreport: {outputs / 'stage2_vist' / 'report.html'}")
+    sizes = ["--train", str(options.train), "--val", str(options.val), "--test", str(options.val), "--seed", "0"]
+    run(["-m", "minigpt5.tinyworld", "data", "--out", str(folder / "datasets"), *sizes], {})
+    for job in JOBS:
+        job.train(folder, options.config)
+    for job in JOBS:
+        job.test(folder, options.config)
+    stores = [str(folder / "outputs" / job.name) for job in JOBS]
+    run(["-m", "minigpt5.tinyworld", "score", *stores, "--page", str(folder / "report.html")], {})
+    print(f"\nall in {(time.monotonic() - started) / 60:.1f} minutes; report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

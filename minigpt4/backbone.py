@@ -70,16 +70,23 @@ class LoadedBackbone:
     reports: list[KeyReport]
 
 
-def load_backbone(config: BackboneConfig, dtype: torch.dtype = torch.float32) -> LoadedBackbone:
+def load_backbone(
+    config: BackboneConfig, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> LoadedBackbone:
     """Load the published files into a backbone.
 
     Parts are built without storage first, so loading holds no second copy. A part whose weights are None keeps
     random weights; the language model's folder is required, because the tokenizer comes with it.
 
+    Args:
+        config: sizes and weight sources.
+        dtype: of everything that is not quantized.
+        device: where a quantized language model is made (default: the CPU); everything else is loaded to the CPU.
+
     Raises:
         InputError: a file is missing or does not fit.
     """
-    language_model, tokenizer, report = load_language_model(config.language_model, dtype)
+    language_model, tokenizer, report = load_language_model(config.language_model, dtype, device)
     reports = [report]
     with torch.device("meta"):
         model = MiniGPT4(config, language_model)
@@ -111,5 +118,8 @@ def _fill_random(model: MiniGPT4, config: BackboneConfig, dtype: torch.dtype) ->
     left = [key for key in left if not (without_file["qformer."] and "post_layernorm" in key)]
     assert not left, f"loaded files left {left} empty"
     if unloaded:
-        random = MiniGPT4(config, model.language_model).to(dtype).state_dict()
+        random = MiniGPT4(config, model.language_model).state_dict()
+        for key in unloaded:
+            if random[key].is_floating_point():
+                random[key] = random[key].to(dtype)
         model.load_state_dict({key: random[key] for key in unloaded}, strict=False, assign=True)

@@ -1,6 +1,6 @@
 """Sizes and weight sources of the MiniGPT-4 backbone."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -44,6 +44,9 @@ class LanguageModelConfig:
     """Hugging Face folder or hub id (Vicuna-7B v0); None leaves random weights."""
     architecture: dict[str, Any] | None = None
     """``transformers.LlamaConfig`` arguments. Needed without weights; with weights each must agree."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """How bitsandbytes stores the layers' matrices: as in the file, as int8 or as NF4. For smaller cards; the
+    states are no longer exactly the published ones."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

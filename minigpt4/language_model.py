@@ -1,10 +1,11 @@
 """LLaMA-family language model: built from its configuration or loaded from a Hugging Face folder."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from minigpt4.config import LanguageModelConfig
@@ -31,15 +32,22 @@ def build_language_model(config: LanguageModelConfig) -> LlamaForCausalLM:
 
 
 def load_language_model(
-    config: LanguageModelConfig, dtype: torch.dtype
+    config: LanguageModelConfig, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[LlamaForCausalLM, LlamaTokenizer, KeyReport]:
     """Load a LLaMA folder (safetensors or sharded bin) with its SentencePiece tokenizer.
 
+    Args:
+        config: the folder, what it should hold, and whether its layers are quantized.
+        dtype: of everything that is not quantized.
+        device: where a quantized model is made (default: the CPU); bitsandbytes' layouts differ between devices.
+
     Raises:
         InputError: the folder lacks a file, is no LLaMA, differs from the configured architecture, lacks
-            weights, or has fewer embedding rows than the tokenizer has tokens.
+            weights, or has fewer embedding rows than the tokenizer has tokens; or bitsandbytes is needed and
+            missing.
     """
     assert config.weights is not None
+    check_quantization(config)
     folder = resolve_source(config.weights, f"{FLAG}.weights")
     architecture = _read_architecture(folder, config)
     tokenizer = load_tokenizer(folder)
@@ -54,6 +62,7 @@ def load_language_model(
             output_loading_info=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they are listed below with their names
+            **_quantization_arguments(config, dtype, device),
         )
     except Exception as error:  # a damaged file raises nearly anything here, SafetensorError to IndexError
         raise InputError(f"{FLAG}.weights: {folder}: cannot be loaded: {error}") from None
@@ -71,6 +80,37 @@ def load_language_model(
     if rows > len(tokenizer):
         report.notes.append(f"embedding rows from {len(tokenizer)} on have no token and are not used")
     return model, tokenizer, report
+
+
+def check_quantization(config: LanguageModelConfig) -> None:
+    """Check that the package and the GPU that the configured quantization needs are there.
+
+    Raises:
+        InputError: they are not.
+    """
+    if config.quantization == "4bit" and not torch.cuda.is_available():
+        # On a CPU, bitsandbytes repacks NF4 when it generates, which fails for widths that 32 does not divide.
+        raise InputError(f"{FLAG}.quantization: 4bit: needs a GPU, and this machine has none; take 8bit or none")
+    if config.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"{FLAG}.quantization: {config.quantization}: its package is not installed; "
+            "run: pip install bitsandbytes"
+        )
+
+
+def _quantization_arguments(
+    config: LanguageModelConfig, dtype: torch.dtype, device: torch.device | None
+) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs to quantize the layers; embedding and head stay as they are."""
+    if config.quantization == "none":
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device or torch.device("cpu")}}
 
 
 def load_tokenizer(folder: Path) -> LlamaTokenizer:

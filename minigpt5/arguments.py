@@ -6,7 +6,6 @@ the configuration. This module imports nothing heavy, so ``--help`` is quick.
 
 import argparse
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,8 @@ class Arguments:
     sources: dict[str, str]
     notices: tuple[str, ...]
     debug: bool
+    plan: str | None = None
+    """Value of ``--plan``, empty without one; None: run."""
 
 
 def parse_bool(text: str) -> bool:
@@ -140,8 +141,23 @@ _OURS = (
         "precision", ("training.precision",), "auto: bf16-mixed on a GPU, 32-true on a CPU",
         choices=("auto", "bf16-mixed", "16-mixed", "32-true"),
     ),
-    Flag("strategy", ("training.strategy",), "PyTorch Lightning strategy (default: auto)"),
+    Flag(
+        "strategy", ("training.strategy",),
+        "auto, ddp, fsdp, or another of PyTorch Lightning's (default: auto, which is ddp on several devices)",
+    ),
     Flag("num_nodes", ("training.num_nodes",), "number of machines", int),
+    Flag(
+        "quantization", ("model.backbone.language_model.quantization",),
+        "store the language model's layers in 8 or 4 bits (needs bitsandbytes)", choices=("none", "8bit", "4bit"),
+    ),
+    Flag(
+        "offload", ("model.diffusion.offload",),
+        "when generating, keep Stable Diffusion on the CPU while it does not run", parse_bool, bare=True,
+    ),
+    Flag(
+        "gradient_checkpointing", ("training.gradient_checkpointing",),
+        "recompute activations in the backward pass: less memory, more time", parse_bool, bare=True,
+    ),
     Flag(
         "loggers", ("training.loggers",), "csv, tensorboard, wandb, or none", _parse_names, many=True,
         translate=_flatten, metavar="NAME",
@@ -179,6 +195,11 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="any configuration key, e.g. data.max_samples=100"
     )
+    ours.add_argument(
+        "--plan", nargs="?", const="", metavar="TOKENS,PICTURES",
+        help="print how much memory the run needs on each device, load nothing and exit; optionally for samples "
+        "of so many text tokens and input pictures",
+    )  # fmt: skip
     ours.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -209,7 +230,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         overrides[key] = value
         sources[key] = "--set"
     notices = tuple(flag.notice for flag in FLAGS if flag.notice and flag.name in values)
-    return Arguments(values.get("config"), overrides, sources, notices, values.get("debug", False))
+    return Arguments(
+        values.get("config"), overrides, sources, notices, values.get("debug", False), values.get("plan")
+    )
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -233,14 +256,7 @@ def resolve_config(arguments: Arguments, environment: Mapping[str, str]) -> Any:
     Raises:
         InputError: as :func:`~minigpt5.config.load_config`; a key set by a flag is shown with that flag.
     """
-    try:
-        return load_config(arguments.config, arguments.overrides, environment)
-    except InputError as error:
-        message = str(error)
-        for key, source in arguments.sources.items():
-            pattern = rf"\n  ({re.escape(key)}[\w.]*):"
-            message = re.sub(pattern, rf"\n  {source} (\1):", message)
-        raise InputError(message) from None
+    return load_config(arguments.config, arguments.overrides, environment, arguments.sources)
 
 
 def _help_with_default(flag: Flag) -> str:

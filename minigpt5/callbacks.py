@@ -13,8 +13,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from minigpt5.config import GenerationConfig
-from minigpt5.data.types import Batch, Reply
+from minigpt5.data.types import Batch, Reply, Sample
 from minigpt5.prediction_run import open_prompt
+from minigpt5.strategies import is_sharded
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -45,33 +46,38 @@ class SamplePictures(Callback):
         self._batch = batch
         step = trainer.global_step
         due = self.every_steps > 0 and step % self.every_steps == 0 and step != self._last_step
-        if not due or not trainer.is_global_zero:
-            return
-        self._sample(trainer, pl_module, batch)
+        if due:
+            self._sample(trainer, pl_module, batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write one of the finished model, so that a short run has a sample too."""
         seen = self._last_step == trainer.global_step
-        if self.every_steps > 0 and trainer.is_global_zero and self._batch is not None and not seen:
+        if self.every_steps > 0 and self._batch is not None and not seen:
             self._sample(trainer, pl_module, self._batch)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
         # With accumulation, several batches end at the same step.
         step = self._last_step = trainer.global_step
-        prompt = open_prompt(batch.samples[0])
         model: Any = pl_module.model
-        reply = model.generate([prompt], self.generation)[0]
-        self._write(step, batch, reply)
+        sample = batch.samples[0]
+        if is_sharded(model):
+            # Its layers come from all processes, so all of them have to run it, equally often.
+            sample = trainer.strategy.broadcast(sample)
+        elif not trainer.is_global_zero:
+            return
+        reply = model.generate([open_prompt(sample)], self.generation)[0]
+        if not trainer.is_global_zero:
+            return
+        self._write(step, sample, reply)
         for logger in trainer.loggers:
             log_reply(logger, reply, step)
 
-    def _write(self, step: int, batch: Batch, reply: Reply) -> None:
+    def _write(self, step: int, sample: Sample, reply: Reply) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = []
         for index, picture in enumerate(reply.images):
             names.append(f"{step:08d}.png" if index == 0 else f"{step:08d}_{index}.png")
             picture.save(self.folder / names[-1])
-        sample = batch.samples[0]
         line = {
             "step": step,
             "id": sample.id,
@@ -124,6 +130,8 @@ class LastCheckpoint(Checkpoint):
         partial = self.path.with_suffix(".partial")
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
+            if self.path.is_dir():  # DeepSpeed's checkpoints are folders
+                shutil.rmtree(self.path)
             partial.replace(self.path)
 
 
@@ -146,7 +154,10 @@ def publish_checkpoint(best: Path, target: Path) -> Path:
         target.rename(kept)
         print(f"notice: {target} was there already; kept as {kept.name}", file=sys.stderr)
     partial = target.with_suffix(".partial")
-    shutil.copyfile(best, partial)
+    if best.is_dir():
+        shutil.copytree(best, partial)
+    else:
+        shutil.copyfile(best, partial)
     partial.replace(target)
     return target
 

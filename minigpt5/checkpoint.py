@@ -6,19 +6,26 @@ either in the ``state_dict`` of a Lightning checkpoint or as a folder of ``train
 language model's own rows, they are restored whole: the published training drifted them.
 """
 
-import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from minigpt5.checkpoint_command import main
+from minigpt5.cli import run_command
+
+if __name__ == "__main__":
+    # Before the imports below: they take seconds, which --help need not wait for.
+    sys.exit(run_command(main))
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt4.errors import InputError
+from minigpt4.language_model import load_tokenizer
+from minigpt4.tokenizer import MODEL_FILE
 from minigpt4.weights import (
     KeyReport,
     State,
@@ -28,8 +35,14 @@ from minigpt4.weights import (
     read_state,
     read_torch_file,
 )
-from minigpt5.checkpoint_layouts import BASE, Checkpoint, from_published, published_stage, to_published
-from minigpt5.cli import run_command
+from minigpt5.checkpoint_layouts import (
+    BASE,
+    Checkpoint,
+    check_voken_count,
+    from_published,
+    published_stage,
+    to_published,
+)
 from minigpt5.config import PROJECT_ROOT, PathsConfig, Stage
 from minigpt5.model import MiniGPT5
 
@@ -37,6 +50,14 @@ TENSOR_FILE = "trainable.safetensors"
 META_FILE = "checkpoint.json"
 FORMAT_KEY = "minigpt5"
 """Top-level entry that marks a Lightning checkpoint as ours and names its stage."""
+_SETTINGS = {
+    "lora_": "model.adapter.kind: lora",
+    "prefix.": "model.adapter.kind: prefix",
+    "mapper.transformer.": "model.mapper.kind: transformer",
+    "mapper.positions.": "model.mapper.kind: mlp",
+    "mapper.mlp.": "model.mapper.stage2_trains: whole",
+}
+"""Part of a parameter's name → the setting it comes with."""
 
 
 # ---- finding and reading ----------------------------------------------------------------------------------
@@ -107,13 +128,10 @@ def checkpoint_mark(stage: Stage) -> dict[str, Any]:
 
 
 def wanted_keys(model: MiniGPT5, stage: Stage) -> set[str]:
-    """Return the parameters that a checkpoint of ``stage`` has to hold for this model."""
-    keys = {
-        name for name, _ in model.named_parameters() if name.startswith(("rows.", "mapper.")) or "lora_" in name
-    }
-    if stage is Stage.ALIGNMENT:
-        return {key for key in keys if "lora_" not in key}
-    return {key for key in keys if not key.startswith("mapper.") or key.startswith("mapper.transformer.")}
+    """Return the parameters that a checkpoint of ``stage`` has to hold for this model: what trained there."""
+    if stage is model.stage:
+        return set(trainable_state(model))
+    return {name for name, _ in model.named_parameters() if name.startswith(("rows.", "mapper."))}
 
 
 def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> KeyReport:
@@ -135,12 +153,13 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
         raise InputError(
             f"{flag} {path}: is a {number[checkpoint.stage]} checkpoint, a {number[expected]} one is needed here"
         )
-    if expected is Stage.MULTIMODAL and not model.has_stage1:
+    is_complete = model.config.mapper.stage2_trains == "whole"
+    if expected is Stage.MULTIMODAL and not model.has_stage1 and not is_complete:
         raise InputError(f"{flag} {path}: stage-2 weights go on top of stage-1 weights; give --stage1_weight")
     report = KeyReport(str(path), f"{checkpoint.layout} {expected} checkpoint")
     wanted = wanted_keys(model, expected)
     found = {key: value for key, value in checkpoint.tensors.items() if key not in BASE.values()}
-    raise_for_keys(str(path), report.kind, sorted(wanted - found.keys()), sorted(found.keys() - wanted))
+    _raise_for_misfit(path, report.kind, sorted(wanted - found.keys()), sorted(found.keys() - wanted))
     parameters = dict(model.named_parameters())
     wrong = [
         f"{key}: file {tuple(value.shape)}, model {tuple(parameters[key].shape)}"
@@ -157,6 +176,21 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
     _restore_base(model, checkpoint, report)
     model.has_stage1 = True
     return report
+
+
+def _raise_for_misfit(path: Path, kind: str, missing: list[str], unexpected: list[str]) -> None:
+    """Raise for keys that do not fit, and name the settings that make the difference."""
+
+    def settings(keys: list[str]) -> str:
+        return ", ".join(value for part, value in _SETTINGS.items() if any(part in key for key in keys))
+
+    try:
+        raise_for_keys(str(path), kind, missing, unexpected)
+    except InputError as error:
+        hints = [f"\n  keys of {settings(unexpected)} are in the file alone"] if settings(unexpected) else []
+        hints += [f"\n  keys of {settings(missing)} are in this run's model alone"] if settings(missing) else []
+        remedy = "\n  give the settings the checkpoint was trained with, e.g. --set model.adapter.kind=lora"
+        raise InputError("".join([str(error), *hints, remedy if hints else ""])) from None
 
 
 @torch.no_grad()
@@ -217,14 +251,19 @@ def convert(
         stage1: stage-1 checkpoint that holds the frozen rows.
 
     Raises:
-        InputError: unreadable source, or frozen rows that are needed and nowhere to be found.
+        InputError: unreadable source, another number of vokens in it, or frozen rows that are needed and nowhere
+            to be found.
     """
     checkpoint = read_checkpoint(source, new_tokens)
+    if language_model is not None and (language_model / MODEL_FILE).is_file():
+        check_voken_count(checkpoint, len(load_tokenizer(language_model)))
+    else:
+        check_voken_count(checkpoint)
     if to == "ours" and target.is_file():
         raise InputError(f"{target}: is a file; our layout is a folder, so name a folder to write")
     if to == "published" and target.is_dir():
         raise InputError(f"{target}: is a folder; the published layout is a file, so name a file to write")
-    base = _base_rows(language_model, stage1, new_tokens, checkpoint)
+    base = _base_rows(language_model, stage1, checkpoint)
     if to == "ours":
         write_folder(checkpoint, target, base)
     else:
@@ -247,9 +286,9 @@ def strip(source: Path, target: Path, new_tokens: int) -> Checkpoint:
     return checkpoint
 
 
-def _base_rows(folder: Path | None, stage1: Path | None, new_tokens: int, checkpoint: Checkpoint) -> State:
+def _base_rows(folder: Path | None, stage1: Path | None, checkpoint: Checkpoint) -> State:
     if stage1 is not None:
-        tensors = read_checkpoint(stage1, new_tokens, "--stage1").tensors
+        tensors = read_checkpoint(stage1, len(checkpoint.tensors["rows.embedding"]), "--stage1").tensors
         return {key: value for key, value in tensors.items() if key in BASE.values()}
     if folder is None:
         return {}
@@ -258,47 +297,3 @@ def _base_rows(folder: Path | None, stage1: Path | None, new_tokens: int, checkp
     rows = {names[key]: value for key, value in folder_tensors(folder, flag) if key in names}
     sizes = {key: len(value) for key, value in checkpoint.tensors.items() if key in rows}
     return {key: value[: sizes.get(key, len(value))] for key, value in rows.items()}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Look into checkpoints, convert them between the layouts, strip training state off them."""
-    parser = argparse.ArgumentParser(prog="python -m minigpt5.checkpoint", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="what a checkpoint holds")
-    show.add_argument("source", type=Path)
-    conversion = commands.add_parser("convert", help="between the published layout and ours")
-    conversion.add_argument("source", type=Path)
-    conversion.add_argument("target", type=Path)
-    conversion.add_argument("--to", choices=("ours", "published"), required=True)
-    conversion.add_argument("--language_model", type=Path, help="LLaMA folder that holds the frozen rows")
-    conversion.add_argument("--stage1", type=Path, help="stage-1 checkpoint that holds the frozen rows")
-    stripping = commands.add_parser("strip", help="weights of a Lightning checkpoint alone")
-    stripping.add_argument("source", type=Path)
-    stripping.add_argument("target", type=Path)
-    for command in (show, conversion, stripping):
-        command.add_argument("--vokens", type=int, default=8, help="vokens a picture (default 8)")
-    arguments = parser.parse_args(argv)
-    new_tokens = arguments.vokens + 1
-    if arguments.command == "show":
-        checkpoint = read_checkpoint(arguments.source, new_tokens)
-    elif arguments.command == "strip":
-        checkpoint = strip(arguments.source, arguments.target, new_tokens)
-    else:
-        checkpoint = convert(
-            arguments.source,
-            arguments.target,
-            to=arguments.to,
-            new_tokens=new_tokens,
-            language_model=arguments.language_model,
-            stage1=arguments.stage1,
-        )
-    print(f"{checkpoint.path}: {checkpoint.layout} layout, {checkpoint.stage} stage")
-    groups: dict[str, list[Tensor]] = {}
-    for key, value in checkpoint.tensors.items():
-        groups.setdefault(re.sub(r"\.\d+\..*", "", key), []).append(value)
-    for name, values in groups.items():
-        print(f"  {name}: {len(values)} tensors, {sum(value.numel() for value in values):,} values")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minigpt4.errors import InputError
 from minigpt4.weights import State, raise_for_keys
+from minigpt5.checkpoint_command import MAX_VOKENS
 from minigpt5.config import Stage
 
 BASE = {"rows.embedding": "base.embedding", "rows.head": "base.head"}
@@ -25,6 +26,8 @@ _SAVED = {Stage.ALIGNMENT: "", Stage.MULTIMODAL: "modules_to_save.default."}
 _MAPPER = {"mapper.transformer.": "llm_to_t2i_mapping.", "mapper.mlp.": "fc."}
 _QUERIES = {"mapper.queries": "t2i_decoder_prompt"}
 _LORA = "backbone.language_model."
+_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
+ROUND_VOCABULARY = 100
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,48 @@ def published_stage(state: State, path: Path, flag: str) -> Stage:
         return Stage.ALIGNMENT
     keys = ", ".join(list(state)[:4])
     raise InputError(f"{flag}: {path}: is no MiniGPT-5 checkpoint (its keys begin {keys})")
+
+
+def check_voken_count(checkpoint: Checkpoint, vocabulary: int | None = None) -> None:
+    """Check that a published file was cut into frozen and new rows at the right place.
+
+    The file holds both in one matrix and does not say how many are new.
+
+    Args:
+        checkpoint: as read with the number of vokens that ``--vokens`` says.
+        vocabulary: tokens of the language model without the new ones. None assumes what LLaMA's tokenizers have:
+            a round number of them, and at most one for padding; where no number of vokens gives that, nothing is
+            said.
+
+    Raises:
+        InputError: the file's rows make another number of vokens.
+    """
+    if checkpoint.layout != "published":
+        return
+    count = len(checkpoint.tensors["rows.embedding"]) - 1
+    rows = len(checkpoint.tensors["base.embedding"]) + count + 1
+    if vocabulary is not None:
+        found, remedy = rows - 1 - vocabulary, "give that number, or the --language_model it was trained with"
+    elif (rows - 1 - count) % ROUND_VOCABULARY <= 1:
+        return
+    else:
+        found = (rows - 1) % ROUND_VOCABULARY
+        remedy = "give that number, or its --language_model, if that has another vocabulary"
+        if not 0 < found <= MAX_VOKENS:
+            return
+    if found != count:
+        raise InputError(
+            f"--vokens {count}: {checkpoint.path} has {found}: {rows} rows are {rows - 1 - found} of the language "
+            f"model, {found} vokens and the picture placeholder; {remedy}"
+        )
+
+
+def keeps_training_state(checkpoint: Checkpoint, to: str) -> bool:
+    """Whether writing a checkpoint in a layout loses nothing of its training: it has no optimizer state, or stays.
+
+    The layouts train different parameters (the published one whole matrices), so a state fits its own alone.
+    """
+    return not checkpoint.meta.get("optimizer_states") or to == checkpoint.layout == "published"
 
 
 def _matrix_names(stage: Stage) -> dict[str, str]:
@@ -134,12 +179,22 @@ def to_published(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> dict[str
         "hparams_name": "kwargs",
         "hyper_parameters": {},
     }
-    return {**plain, **{key: checkpoint.meta[key] for key in plain if key in checkpoint.meta}, "state_dict": state}
+    dropped = () if checkpoint.layout == "published" else _STATE
+    kept = {key: checkpoint.meta[key] for key in plain if key in checkpoint.meta and key not in dropped}
+    return {**plain, **kept, "state_dict": state}
 
 
 def find_published_name(key: str, stage: Stage) -> str:
-    """Return the published name of one of our parameters (not of the new rows, which share a matrix)."""
+    """Return the published name of one of our parameters (not of the new rows, which share a matrix).
+
+    Raises:
+        InputError: the published model has no such part.
+    """
     for ours, published in {**_MAPPER, _LORA: _LLAMA[stage]}.items():
         if key.startswith(ours):
             return published + key.removeprefix(ours)
+    if key not in _QUERIES:
+        raise InputError(
+            f"{key}: the published layout has no place for it; it holds new rows, LoRA and the transformer mapper"
+        )
     return _QUERIES[key]

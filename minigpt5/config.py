@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from minigpt4.config import BackboneConfig
 from minigpt4.errors import InputError
+from minigpt5.config_errors import explain_problems
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = PROJECT_ROOT / "config" / "minigpt5_7b.yaml"
@@ -51,22 +52,30 @@ class VokenConfig:
 class MapperConfig:
     """Feature mapper from voken states to the diffusion model's conditioning (paper section 3.2)."""
 
-    encoder_layers: int = Field(default=4, ge=0)
-    decoder_layers: int = Field(default=4, ge=0)
+    kind: Literal["transformer", "mlp"] = "transformer"
+    """mlp: a linear map of the voken positions in place of the transformer and its queries; depth and heads then
+    mean nothing."""
+    encoder_layers: int = Field(default=4, ge=1)
+    decoder_layers: int = Field(default=4, ge=1)
     num_heads: int = Field(default=8, ge=1)
     feedforward_ratio: int = Field(default=4, ge=1)
     num_queries: int = Field(default=77, ge=1)
+    stage2_trains: Literal["published", "whole"] = "published"
+    """published: MLP and queries stay as stage 1 left them. whole: everything trains, so that stage 2 needs no
+    stage 1 and its checkpoints hold the whole mapper."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AdapterConfig:
     """What adapts the language model in the multimodal stage (nothing does in the alignment stage)."""
 
-    kind: Literal["lora", "none"] = "lora"
+    kind: Literal["lora", "prefix", "none"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    prefix_length: int = Field(default=16, ge=1)
+    """Trained key-value pairs in front of every layer (``kind: prefix``); the other settings are LoRA's."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -79,6 +88,8 @@ class DiffusionConfig:
     """Component name (unet, vae, text_encoder, scheduler) → its config; needed only without weights."""
     image_size: int = Field(default=512, ge=8)
     """Side of training targets and generated pictures, in pixels."""
+    offload: bool = False
+    """Generation only: UNet, VAE and text encoder wait on the CPU and are on the GPU only while they run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -122,6 +133,9 @@ class DataConfig:
     tasks: tuple[str, ...] | None = None
     """Task variants to keep; None keeps the published choice for the split."""
     max_samples: int | None = Field(default=None, ge=1)
+    context: Literal["full", "text", "last_text", "none"] = "full"
+    """What a VIST prompt holds of the story before its step: texts and pictures, every text, the last text, or
+    nothing. Other data sets take ``full`` alone."""
     random_flip: bool = True
     """Mirror training pictures at random (train split only)."""
     bucket_by_length: bool = False
@@ -252,9 +266,18 @@ ENVIRONMENT = {
 }
 CONFIG_VARIABLE = "MINIGPT5_CONFIG"
 STAGE_VARIABLE = "IS_STAGE2"
+_STAGES = {
+    **dict.fromkeys(("True", "true"), Stage.MULTIMODAL),
+    **dict.fromkeys(("False", "false", "0", ""), Stage.ALIGNMENT),
+}
 
 
-def load_config(path: Path | None, overrides: Mapping[str, Any], environment: Mapping[str, str]) -> RunConfig:
+def load_config(
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    environment: Mapping[str, str],
+    sources: Mapping[str, str] | None = None,
+) -> RunConfig:
     """Resolve one run's configuration.
 
     Args:
@@ -262,34 +285,56 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], environment: Ma
             A path that does not exist below the working directory is looked up below the project's root.
         overrides: dotted key → value, the highest precedence (from flags).
         environment: ``os.environ`` or a stand-in; only the published variables are read.
+        sources: key of ``overrides`` → the flag it came from, for messages; ``--set`` where it names none.
 
     Raises:
         InputError: a missing or malformed file, an unknown key, a value of the wrong type or range; the
-            message lists every problem with its key.
+            message lists every problem with its key and the flag, variable or file that set it.
     """
-    if path is None:
-        path = Path(environment[CONFIG_VARIABLE]) if environment.get(CONFIG_VARIABLE) else DEFAULT_CONFIG
-    source = find_project_file(path, "--config")
-    values = _read_yaml(source, ())
-    if STAGE_VARIABLE in environment:
-        # The published code takes exactly "True" and "true" as stage 2, everything else as stage 1.
-        is_stage2 = environment[STAGE_VARIABLE] in ("True", "true")
-        values["stage"] = (Stage.MULTIMODAL if is_stage2 else Stage.ALIGNMENT).value
+    named = environment.get(CONFIG_VARIABLE)
+    if path is None and named:
+        file = find_project_file(Path(named), CONFIG_VARIABLE)
+    else:
+        file = find_project_file(path or DEFAULT_CONFIG, "--config")
+    values = _read_yaml(file, ())
+    origins: dict[str, str] = {}
+    if STAGE_VARIABLE in environment and "stage" not in overrides:
+        _assign(values, "stage", _read_stage(environment[STAGE_VARIABLE]).value)
+        origins["stage"] = STAGE_VARIABLE
     for variable, key in ENVIRONMENT.items():
         if environment.get(variable):
             _assign(values, key, environment[variable])
+            origins[key] = variable
     for key, value in overrides.items():
         _assign(values, key, value)
-    return validate_config(values, str(source))
+        origins[key] = (sources or {}).get(key, "--set")
+    return validate_config(values, str(file), origins)
 
 
-def validate_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Turn nested plain values into a :class:`RunConfig`; ``source`` is named in the error."""
+def validate_config(values: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> RunConfig:
+    """Turn nested plain values into a :class:`RunConfig`.
+
+    Args:
+        values: as in a YAML file.
+        source: where they come from.
+        origins: dotted key → the flag or variable that set it instead.
+
+    Raises:
+        InputError: an unknown key or a value of the wrong type or range; every problem is listed with what set it.
+    """
     try:
         return TypeAdapter(RunConfig).validate_python(dict(values))
     except ValidationError as error:
-        problems = [f"  {_describe(problem)}" for problem in error.errors()]
-        raise InputError(f"{source}: invalid configuration\n" + "\n".join(problems)) from None
+        raise InputError(explain_problems(error, RunConfig, source, origins or {})) from None
+
+
+def _read_stage(text: str) -> Stage:
+    if text not in _STAGES:
+        raise InputError(
+            f"{STAGE_VARIABLE}={text}: True (or true) means stage 2, False (or false, 0, nothing) stage 1; "
+            "set one of them"
+        )
+    return _STAGES[text]
 
 
 def find_project_file(path: Path, flag: str) -> Path:
@@ -349,18 +394,3 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values[parent] = dict(nested) if isinstance(nested, dict) else {}
         values = values[parent]
     values[last] = value
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        parent = ".".join(str(part) for part in problem["loc"][:-1])
-        return f"{key}: unknown key; known here: {', '.join(_known_keys(parent))}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
-
-
-def _known_keys(key: str) -> list[str]:
-    node: Any = RunConfig
-    for part in filter(None, key.split(".")):
-        node = node.__dataclass_fields__[part].type
-    return sorted(node.__dataclass_fields__)

@@ -10,11 +10,12 @@ from typing import Any
 
 import ftfy
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -28,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 from minigpt4.errors import InputError
 from minigpt4.weights import KeyReport, matches, raise_for_keys, resolve_source
 from minigpt5.config import DiffusionConfig, GenerationConfig
+from minigpt5.schedulers import SCHEDULERS, load_scheduler, training_schedule
 
 FLAG = "model.diffusion.weights"
 CLASSES: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 EXPECTED_EXTRAS = (r"(text_model\.)?embeddings\.position_ids",)
 """Buffers that older files store and current classes compute."""
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class StableDiffusion(nn.Module):
         vae: autoencoder.
         unet: denoiser with cross-attention.
         text_encoder: CLIP text model.
-        scheduler: the folder's scheduler; its noise schedule also serves training.
+        scheduler: what samples; its noise schedule also serves training, whatever its class.
         tokenizer: CLIP tokenizer; None where only the parameters matter.
     """
 
@@ -76,6 +77,7 @@ class StableDiffusion(nn.Module):
     unet: Any
     text_encoder: Any
     scheduler: Any
+    schedule: Any
     tokenizer: Any
 
     def __init__(
@@ -83,12 +85,14 @@ class StableDiffusion(nn.Module):
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
-        scheduler: PNDMScheduler,
+        scheduler: SchedulerMixin,
         tokenizer: CaptionTokenizer | None,
     ) -> None:
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
-        self.scheduler, self.tokenizer = scheduler, tokenizer
+        self.scheduler, self.schedule = scheduler, training_schedule(scheduler)
+        self.tokenizer = tokenizer
+        self._offloaded: list[UserCpuOffloadHook] = []
         self.requires_grad_(False)
         self.train(False)
 
@@ -106,11 +110,18 @@ class StableDiffusion(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
+    def offload(self, device: torch.device) -> None:
+        """Keep the parts on the CPU; each moves to the device when it is called and back when the next one is."""
+        last = None
+        for part in (self.text_encoder, self.unet, self.vae):
+            _, last = cpu_offload_with_hook(part.to("cpu"), device, last)
+            self._offloaded.append(last)
+
     def draw(self, generator: torch.Generator, image_size: int) -> DiffusionDraws:
         """Draw what one picture's loss needs, on the CPU, so that it is the same on every device."""
         side = image_size // self.vae_factor
         shape = (1, self.vae.config.latent_channels, side, side)
-        steps = self.scheduler.config.num_train_timesteps
+        steps = self.schedule.config.num_train_timesteps
         return DiffusionDraws(
             posterior_RCHW=torch.randn(shape, generator=generator),
             noise_RCHW=torch.randn(shape, generator=generator),
@@ -144,7 +155,7 @@ class StableDiffusion(nn.Module):
         """
         noise = draws.noise_RCHW.to(latents_RCHW)
         timesteps = draws.timesteps_R.to(latents_RCHW.device)
-        noisy = self.scheduler.add_noise(latents_RCHW, noise, timesteps)
+        noisy = self.schedule.add_noise(latents_RCHW, noise, timesteps)
         predicted = self.predict(noisy, timesteps, condition_RQE)
         target = self.target(latents_RCHW, noise, timesteps)
         error_R = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -152,11 +163,9 @@ class StableDiffusion(nn.Module):
 
     def target(self, latents_RCHW: Tensor, noise_RCHW: Tensor, timesteps_R: Tensor) -> Tensor:
         """Return what the UNet should predict: noise, or velocity, as its scheduler says."""
-        if self.scheduler.config.prediction_type != "v_prediction":
+        if self.schedule.config.prediction_type != "v_prediction":
             return noise_RCHW
-        # PNDM samples by velocity but lacks the method; DDIM's has the same noise schedule.
-        velocity = DDIMScheduler.from_config(self.scheduler.config).get_velocity
-        return velocity(latents_RCHW, noise_RCHW, timesteps_R)
+        return self.schedule.get_velocity(latents_RCHW, noise_RCHW, timesteps_R)
 
     def predict(self, noisy_RCHW: Tensor, timesteps_R: Tensor, condition_RQE: Tensor) -> Tensor:
         """Return the UNet's prediction: noise, or velocity, as its scheduler says."""
@@ -164,14 +173,14 @@ class StableDiffusion(nn.Module):
 
     def signal_to_noise(self, timesteps_R: Tensor) -> Tensor:
         """Return the signal-to-noise ratio of each timestep."""
-        return compute_snr(self.scheduler, timesteps_R)
+        return compute_snr(self.schedule, timesteps_R)
 
     def snr_weights(self, timesteps_R: Tensor, gamma: float | None) -> Tensor:
         """Return Min-SNR weights: min(SNR, gamma) / SNR, or / (SNR + 1) where the UNet predicts velocity."""
         if gamma is None:
             return torch.ones_like(timesteps_R, dtype=torch.float32)
         snr = self.signal_to_noise(timesteps_R)
-        is_velocity = self.scheduler.config.prediction_type == "v_prediction"
+        is_velocity = self.schedule.config.prediction_type == "v_prediction"
         return snr.clamp(max=gamma) / (snr + 1 if is_velocity else snr)
 
     @torch.no_grad()
@@ -233,6 +242,8 @@ class StableDiffusion(nn.Module):
     def decode(self, latents_RCHW: Tensor) -> Tensor:
         """Return pictures ``[R, 3, S, S]`` in [0, 1] for scaled latents."""
         decoded = self.vae.decode(latents_RCHW / self.vae.config.scaling_factor).sample
+        for hook in self._offloaded:
+            hook.offload()
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def sample_pixels(
@@ -329,10 +340,10 @@ def load_diffusion(
         loaded[part], report = _load_component(component, folder / part, dtype)
         reports.append(report)
     try:
-        loaded["scheduler"] = PNDMScheduler.from_pretrained(folder / "scheduler")
         loaded["tokenizer"] = load_clip_tokenizer(folder / "tokenizer")
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{FLAG}: {folder}: scheduler or tokenizer cannot be loaded: {error}") from None
+        raise InputError(f"{FLAG}: {folder}: tokenizer cannot be loaded: {error}") from None
+    loaded["scheduler"] = load_scheduler(folder, FLAG)
     return StableDiffusion(**loaded), reports
 
 

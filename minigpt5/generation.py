@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.generation import (
@@ -20,6 +21,7 @@ from transformers.generation import (
 )
 
 from minigpt4.tokenizer import LlamaTokenizer
+from minigpt5.adapters import Prefix
 from minigpt5.config import GenerationConfig
 from minigpt5.kv_cache import new_cache
 from minigpt5.vokens import VokenIds
@@ -197,6 +199,7 @@ def decode(
     config: GenerationConfig,
     generators: Sequence[torch.Generator],
     stops: list[tuple[int, ...]],
+    prefix: Prefix | None = None,
     trace: bool = False,
 ) -> list[Decoded]:
     """Decode replies to a batch of prompts.
@@ -211,18 +214,23 @@ def decode(
         config: decoding settings.
         generators: one CPU generator a prompt.
         stops: token sequences that end a reply.
+        prefix: trained keys and values in front of every prompt, also of its padding.
         trace: keep every step's last state and scores.
     """
     device = embeds[0].device
     hidden_BWH, mask_BT = _pad_left(embeds)
     cache = new_cache(language_model.config)
+    if prefix is not None:
+        prefix.fill(cache, len(embeds), hidden_BWH.dtype)
+    ahead = cache.get_seq_length()
+    mask_BT = F.pad(mask_BT, (ahead, 0), value=1)
     replies = [_Reply(tokenizer.bos_id, ids, config, stops) for _ in embeds]
     while True:
         width = hidden_BWH.shape[1]
         states_BWH = language_model.model(
             inputs_embeds=hidden_BWH,
             attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            position_ids=(mask_BT.cumsum(1) - ahead - 1).clamp(min=0)[:, -width:],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

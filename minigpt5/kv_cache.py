@@ -39,13 +39,26 @@ class BufferedLayer(DynamicLayer):
         if self._buffers is not None and self._buffers[0].shape[2] >= end:
             return self._buffers
         samples, heads, _, width = like.shape
-        room = max(2 * end, _LEAST_ROOM)
+        room = room_for(end)
         keys, values = (like.new_empty(samples, heads, room, width) for _ in range(2))
         held = self.get_seq_length()
         if held:
             keys[:, :, :held], values[:, :, :held] = self.keys, self.values
         self._buffers = keys, values
         return self._buffers
+
+
+def room_for(positions: int) -> int:
+    """Return the room of a new buffer that has to hold this many positions."""
+    return max(2 * positions, _LEAST_ROOM)
+
+
+def room_after(prompt: int, longest: int) -> int:
+    """Return the room of the buffers once a prompt of this length was decoded to the longest length."""
+    room = room_for(prompt)
+    while room < longest:
+        room = room_for(room + 1)
+    return room
 
 
 def new_cache(config: LlamaConfig) -> Cache:

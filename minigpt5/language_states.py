@@ -11,22 +11,43 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from minigpt5.adapters import Prefix
 from minigpt5.assembly import Assembled
 
 
-def last_states(language_model: LlamaForCausalLM, prompt: Assembled, dtype: torch.dtype) -> Tensor:
+def last_states(
+    language_model: LlamaForCausalLM, prompt: Assembled, dtype: torch.dtype, prefix: Prefix | None = None
+) -> Tensor:
     """Return the last hidden states ``[B, T, H]``; those of padding mean nothing.
 
     Args:
         language_model: LLaMA, adapted or not; only its decoder stack is called.
         prompt: a batch with its pictures in place.
         dtype: what the language model computes in.
+        prefix: trained keys and values in front of the text.
     """
     embeds_BTH = prompt.embeds_BTH.to(dtype)
     model = language_model.model
+    if prefix is not None:
+        return _states_behind_prefix(language_model, embeds_BTH, prompt, prefix)
     if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in model.parameters()):
         return _states_behind_constants(language_model, embeds_BTH, prompt)
     return model(inputs_embeds=embeds_BTH, attention_mask=prompt.mask_BT, use_cache=False).last_hidden_state
+
+
+def _states_behind_prefix(
+    language_model: LlamaForCausalLM, embeds_BTH: Tensor, prompt: Assembled, prefix: Prefix
+) -> Tensor:
+    """Run the whole batch with a graph: the prefix reaches every position."""
+    cache = DynamicCache(config=language_model.config)
+    prefix.fill(cache, len(embeds_BTH), embeds_BTH.dtype)
+    return language_model.model(
+        inputs_embeds=embeds_BTH,
+        attention_mask=torch.nn.functional.pad(prompt.mask_BT, (cache.get_seq_length(), 0), value=1),
+        position_ids=torch.arange(embeds_BTH.shape[1], device=embeds_BTH.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
 
 
 def _states_behind_constants(language_model: LlamaForCausalLM, embeds_BTH: Tensor, prompt: Assembled) -> Tensor:
@@ -41,9 +62,8 @@ def _states_behind_constants(language_model: LlamaForCausalLM, embeds_BTH: Tenso
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    count = int((prompt.mask_BT.sum(1) - constant_B).max())
-    if count <= 0:
-        return torch.nn.functional.pad(hidden_BCH, (0, 0, 0, length - longest))
+    # At least one, so that each process runs the layers equally often, forwards and backwards (--strategy fsdp).
+    count = max(1, int((prompt.mask_BT.sum(1) - constant_B).max()))
     positions_BS = constant_B[:, None] + torch.arange(count, device=constant_B.device)
     inside_BS = positions_BS < length
     positions_BS = positions_BS.clamp(max=length - 1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from minigpt4.errors import InputError
 from minigpt4.tokenizer import LlamaTokenizer
 from minigpt4.weights import KeyReport
 from minigpt5 import images, prompts
+from minigpt5.adapters import Prefix, adapt
 from minigpt5.assembly import Assembled, insert_pictures
 from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, TrainingConfig
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
@@ -64,34 +64,15 @@ class MiniGPT5(nn.Module):
             self.voken_ids = VokenIds.install(tokenizer, config.vokens.count)
             self.stops = stop_sequences(tokenizer, prompts.STOP)
         self.rows = VokenRows(embedding_VH, head_VH, base_size, config.vokens.count + 1)
-        heads, width = config.mapper.num_heads, diffusion.width
-        if width % heads:
-            raise InputError(f"model.mapper.num_heads: {heads} does not divide the diffusion width {width}")
-        self.mapper = FeatureMapper(config.mapper, embedding_VH.shape[1], diffusion.width)
+        self.mapper = FeatureMapper(config.mapper, config.vokens.count, embedding_VH.shape[1], diffusion.width)
+        self.prefix: Prefix | None = None
         self.reports: list[KeyReport] = []
         self.has_stage1 = False
         """Set once stage-1 weights are loaded; stage-2 weights only go on top of them."""
         if stage is Stage.MULTIMODAL:
-            self._adapt_language_model()
-            # Stage 2 trains the mapper's transformer only (published configuration).
-            self.mapper.mlp.requires_grad_(False)
-            self.mapper.queries.requires_grad_(False)
-
-    def _adapt_language_model(self) -> None:
-        adapter = self.config.adapter
-        if adapter.kind == "none":
-            return
-        lora = LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            target_modules=list(adapter.target_modules),
-            bias="none",
-        )
-        inject_adapter_in_model(lora, self.backbone.language_model)
-        for name, parameter in self.backbone.language_model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
+            self.prefix = adapt(backbone.language_model, config.adapter)
+            if config.mapper.stage2_trains == "published":
+                self.mapper.freeze_aligned()
 
     def train(self, mode: bool = True) -> "MiniGPT5":
         """Switch the trainable parts; frozen parts stay in eval mode, their adapters follow ``mode``."""
@@ -105,6 +86,16 @@ class MiniGPT5(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.rows.embedding.device
+
+    def place(self, device: torch.device) -> "MiniGPT5":
+        """Move to the device for generating; an offloaded diffusion model stays behind and comes when it runs."""
+        if not self.config.diffusion.offload:
+            return self.to(device)
+        for part in self.children():
+            if part is not self.diffusion:
+                part.to(device)
+        self.diffusion.offload(device)
+        return self
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile the parts that do the work in a step with ``torch.compile``, in place."""
@@ -188,7 +179,7 @@ class MiniGPT5(nn.Module):
             dtype = self.backbone.projection.weight.dtype
             features_PLH = self.backbone.encode_images(batch.input_pixels_P3HW.to(dtype))
         prompt = self.assemble(batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT, features_PLH)
-        hidden_BTH = last_states(self.backbone.language_model, prompt, self._language_dtype)
+        hidden_BTH = last_states(self.backbone.language_model, prompt, self._language_dtype, self.prefix)
         return LanguageStates(prompt, hidden_BTH)
 
     def assemble(
@@ -225,7 +216,7 @@ class MiniGPT5(nn.Module):
 
     def condition(self, vokens_RNH: Tensor, drop_R: Tensor | None = None) -> Tensor:
         """Map voken states to conditioning; dropped ones are zeroed before the mapper."""
-        vokens_RNH = vokens_RNH.to(self.mapper.queries.dtype)
+        vokens_RNH = vokens_RNH.to(self.mapper.dtype)
         if drop_R is not None:
             vokens_RNH = vokens_RNH.masked_fill(drop_R.to(vokens_RNH.device)[:, None, None], 0.0)
         return self.mapper(vokens_RNH)
@@ -319,6 +310,7 @@ class MiniGPT5(nn.Module):
             config=config,
             generators=generators,
             stops=self.stops if stops is None else stops,
+            prefix=self.prefix,
             trace=trace,
         )
         self.train(was_training)
@@ -369,7 +361,11 @@ class MiniGPT5(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, loss: LossConfig, stage: Stage, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    loss: LossConfig,
+    stage: Stage,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> MiniGPT5:
     """Load the frozen parts and put fresh vokens and mapper (and stage 2's adapter) on them.
 
@@ -378,13 +374,14 @@ def build_model(
         loss: loss weights.
         stage: training stage.
         dtype: type of the frozen parts; trainable parts are float32.
+        device: where a quantized language model is made; everything else is loaded to the CPU.
 
     Raises:
         InputError: missing or wrong weights.
     """
     if config.backbone.language_model.weights is None:
         raise InputError("model.backbone.language_model.weights: give a LLaMA folder or hub id")
-    loaded = load_backbone(config.backbone, dtype)
+    loaded = load_backbone(config.backbone, dtype, device)
     if config.diffusion.weights is None:
         raise InputError("model.diffusion.weights: give a Stable Diffusion folder or hub id")
     diffusion, diffusion_reports = load_diffusion(config.diffusion, dtype)

@@ -30,7 +30,7 @@ def open_prompt(sample: Sample) -> Prompt:
 def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
     """Return what the predictions depend on, as plain values for ``run.json``.
 
-    Replies do not depend on the batch size, so a run may be continued with another one.
+    Replies depend neither on the batch size nor on offloading, so a run may be continued with others.
 
     Args:
         config: the run.
@@ -40,6 +40,8 @@ def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: 
     """
     generation = TypeAdapter(GenerationConfig).dump_python(config.generation, mode="json")
     del generation["batch_size"]
+    model = TypeAdapter(ModelConfig).dump_python(config.model, mode="json")
+    del model["diffusion"]["offload"]
     return {
         "dataset": dataset,
         "data_file": str(config.data.test),
@@ -47,8 +49,9 @@ def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: 
         "checkpoints": {flag: {"name": path.name, "sha256": _digest(path)} for flag, path in checkpoints.items()},
         "stage": config.stage.value,
         "tasks": config.data.tasks,
+        "context": config.data.context,
         "generation": generation,
-        "model": TypeAdapter(ModelConfig).dump_python(config.model, mode="json"),
+        "model": model,
     }
 
 

@@ -1,12 +1,18 @@
 """Everything that can be known to be missing before a run starts, gathered into one error."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from minigpt4.errors import InputError
+from minigpt4.language_model import check_quantization
 from minigpt4.weights import resolve_source
 from minigpt5.checkpoint import find_checkpoint
 from minigpt5.config import RunConfig, Stage
+from minigpt5.data.module import FLAGS
+from minigpt5.data.readers import check_records
+from minigpt5.data.types import Split
+from minigpt5.vokens import voken_text
 
 
 def check_run(config: RunConfig) -> None:
@@ -28,6 +34,7 @@ def check_model(config: RunConfig) -> None:
 
 
 def _raise_for(problems: list[str]) -> None:
+    problems = list(dict.fromkeys(problems))  # a file may serve two splits
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:
@@ -37,15 +44,26 @@ def _raise_for(problems: list[str]) -> None:
 
 def _problems(config: RunConfig) -> Iterator[str]:
     if config.is_training:
-        yield from _missing_data(config, "--train_data_path", config.data.train, "training")
-        yield from _missing_data(config, "--val_data_path", config.data.validation, "validation")
+        yield from _unusable_data(config, Split.TRAIN, config.data.train)
+        yield from _unusable_data(config, Split.VALIDATION, config.data.validation)
+        if config.model.diffusion.offload:
+            yield (
+                "model.diffusion.offload: for generating alone, as every training step needs the UNet; leave it "
+                "off, and see training.gradient_checkpointing"
+            )
+        has_prefix = config.stage is Stage.MULTIMODAL and config.model.adapter.kind == "prefix"
+        if has_prefix and config.training.gradient_checkpointing:
+            yield (
+                "training.gradient_checkpointing: not with model.adapter.kind: prefix, whose keys and values the "
+                "recomputed layers would not see; switch one of them off"
+            )
     elif config.test_weight is None and config.data.test is None:
         yield (
             "nothing to do: give --is_training True to train, or --test_weight and --test_data_path to generate"
         )
     else:
         yield from _missing_test_weight(config)
-        yield from _missing_data(config, "--test_data_path", config.data.test, "test")
+        yield from _unusable_data(config, Split.TEST, config.data.test)
 
 
 def _missing_test_weight(config: RunConfig) -> Iterator[str]:
@@ -56,18 +74,27 @@ def _missing_test_weight(config: RunConfig) -> Iterator[str]:
 def _missing_files(config: RunConfig) -> Iterator[str]:
     yield from _missing_checkpoints(config)
     yield from _missing_weights(config)
+    yield from _attempt(check_quantization, config.model.backbone.language_model)
 
 
-def _missing_data(config: RunConfig, flag: str, name: Path | None, what: str) -> Iterator[str]:
+def _unusable_data(config: RunConfig, split: Split, name: Path | None) -> Iterator[str]:
     if name is None:
-        yield f"{flag}: give the {what} data file (below DATAFOLDER, now {config.data.folder})"
+        what = "training" if split is Split.TRAIN else split.value
+        yield f"{FLAGS[split]}: give the {what} data file (below DATAFOLDER, now {config.data.folder})"
     elif not (config.data.folder / name).is_file():
-        yield f"{flag}: {config.data.folder / name}: no such file (DATAFOLDER is {config.data.folder})"
+        yield f"{FLAGS[split]}: {config.data.folder / name}: no such file (DATAFOLDER is {config.data.folder})"
+    else:
+        vokens = voken_text(config.model.vokens.count)
+        yield from _attempt(partial(check_records, voken_text=vokens), config.data, name, split)
 
 
 def _missing_checkpoints(config: RunConfig) -> Iterator[str]:
-    if config.stage is Stage.MULTIMODAL and config.stage1_weight is None:
-        yield "--stage1_weight: stage 2 (IS_STAGE2=True) starts from a stage 1 checkpoint; give it"
+    needs_stage1 = config.stage is Stage.MULTIMODAL and config.model.mapper.stage2_trains == "published"
+    if needs_stage1 and config.stage1_weight is None:
+        yield (
+            "--stage1_weight: stage 2 (IS_STAGE2=True) starts from a stage 1 checkpoint; give it, or train the "
+            "whole mapper in stage 2 alone (--set model.mapper.stage2_trains=whole)"
+        )
     named = {"--stage1_weight": config.stage1_weight if config.stage is Stage.MULTIMODAL else None}
     if config.is_training:
         named["--resume"] = config.resume
@@ -98,7 +125,7 @@ def is_local(source: str) -> bool:
     return "://" not in source and (source.startswith(".") or bool(path.suffix) or len(path.parts) != 2)
 
 
-def _attempt(look: Callable[..., Path], *arguments: object) -> Iterator[str]:
+def _attempt(look: Callable[..., object], *arguments: object) -> Iterator[str]:
     try:
         look(*arguments)
     except InputError as error:

@@ -67,9 +67,11 @@ def cc3m_instruction(command: str, caption: str) -> str:
     return f"{CC3M_SYSTEM}{HUMAN} {command} {caption} {ASSISTANT}"
 
 
-def story_history(captions: Sequence[str]) -> str:
-    """Return a story so far, a picture behind each caption; empty before the first step."""
-    return PICTURE.join(captions) + f"{PICTURE}\n" if captions else ""
+def story_history(captions: Sequence[str], *, with_pictures: bool = True) -> str:
+    """Return a story so far, a picture behind each caption if wanted; empty before the first step."""
+    if not captions:
+        return ""
+    return PICTURE.join(captions) + f"{PICTURE}\n" if with_pictures else " ".join(captions) + "\n"
 
 
 def dialogue_history(turns: Sequence[tuple[str, bool]], *, first_speaker: str = HUMAN) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,11 +26,12 @@ from minigpt5.config import DatasetName, RunConfig, Stage, TrainingConfig
 from minigpt5.data.module import DataModule
 from minigpt5.data.readers import write_problems
 from minigpt5.data.types import Split
-from minigpt5.hardware import Hardware, choose_hardware
+from minigpt5.hardware import Hardware, Place, choose_hardware, process_place
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run, predict_samples
 from minigpt5.predictions import LEFT_OUT_FILE, PredictionStore, run_folder
 from minigpt5.preflight import check_model, check_run
+from minigpt5.strategies import choose_strategy
 from minigpt5.training import TrainingModule, recompute_activations
 
 LOG_EVERY_STEPS = 10
@@ -51,6 +51,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     config = replace(config, is_training=True)
     check_run(config)
     hardware = choose_hardware(config.training)
+    choose_strategy(config, hardware)  # fails before anything is loaded
     resume = None if config.resume is None else find_checkpoint(config.resume, config.paths, "--resume")
     if resume is not None:
         _check_resumable(resume, config)
@@ -106,15 +107,21 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return config.paths.checkpoints or config.paths.weights
 
 
-def load_model(config: RunConfig, hardware: Hardware) -> MiniGPT5:
+def load_model(config: RunConfig, hardware: Hardware, local_rank: int | None = None) -> MiniGPT5:
     """Build the model of a run; stage 2 starts from its stage 1 checkpoint.
+
+    Args:
+        config: the run.
+        hardware: its devices and precision.
+        local_rank: which of this machine's processes it is for; None asks ``torchrun`` or SLURM.
 
     Raises:
         InputError: missing or wrong weights.
     """
     if hardware.gpus:
         torch.set_float32_matmul_precision("high")
-    model = build_model(config.model, config.loss, config.stage, hardware.frozen_dtype)
+    device = hardware.device(process_place().local_rank if local_rank is None else local_rank)
+    model = build_model(config.model, config.loss, config.stage, hardware.frozen_dtype, device)
     for report in model.reports:
         print(report, file=sys.stderr)
     for flag, path in _checkpoints(config).items():
@@ -173,7 +180,7 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
             accelerator="gpu" if hardware.gpus else "cpu",
             devices=list(hardware.gpus) or hardware.cpu_processes,
             num_nodes=training.num_nodes,
-            strategy=training.strategy,
+            strategy=choose_strategy(config, hardware),
             precision=hardware.precision,  # type: ignore[arg-type]
             max_epochs=training.num_epochs,
             max_steps=training.max_steps or -1,
@@ -225,13 +232,13 @@ def open_model(config: RunConfig) -> MiniGPT5:
     config = replace(config, is_training=False)
     check_model(config)
     hardware = choose_hardware(config.training)
-    return load_model(config, hardware).to(hardware.device(0)).eval()
+    return load_model(config, hardware, 0).place(hardware.device(0)).eval()
 
 
 def predict(config: RunConfig) -> Path:
     """Generate a reply for every test sample and return the prediction store's folder.
 
-    Under ``torchrun`` each process takes its share; given several GPUs, one process is started on each.
+    Under ``torchrun`` or SLURM each process takes its share; given several GPUs, one process is started on each.
 
     Raises:
         InputError: something the run needs is missing or cannot be used.
@@ -241,10 +248,9 @@ def predict(config: RunConfig) -> Path:
     assert config.test_weight is not None and config.data.test is not None
     hardware = choose_hardware(config.training)
     folder = run_folder(config.paths.outputs, config.test_weight, config.paths.output_suffix)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 or len(hardware.gpus) <= 1:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        _predict_share(local_rank, rank, world, config, hardware, folder)
+    place = process_place()
+    if place.world > 1 or len(hardware.gpus) <= 1:
+        _predict_share(place, config, hardware, folder)
         return folder
     processes = len(hardware.gpus)
     try:
@@ -258,25 +264,23 @@ def predict(config: RunConfig) -> Path:
 
 
 def _predict_spawned(rank: int, world: int, config: RunConfig, hardware: Hardware, folder: Path) -> None:
-    _predict_share(rank, rank, world, config, hardware, folder)
+    _predict_share(Place(rank, rank, world), config, hardware, folder)
 
 
-def _predict_share(
-    local_rank: int, rank: int, world: int, config: RunConfig, hardware: Hardware, folder: Path
-) -> None:
+def _predict_share(place: Place, config: RunConfig, hardware: Hardware, folder: Path) -> None:
     """Answer every ``world``-th sample, beginning with sample ``rank``."""
     _quieten()
     seed_everything(config.generation.seed, verbose=False)
-    model = load_model(config, hardware).to(hardware.device(local_rank))
+    model = load_model(config, hardware, place.local_rank).place(hardware.device(place.local_rank))
     data = DataModule(config, model.tokenizer, model.voken_ids)
     dataset = data.dataset_name(Split.TEST).value
     index = data.index(Split.TEST)
     assert config.data.test is not None
     run = describe_run(config, dataset, config.data.folder / config.data.test, _checkpoints(config))
-    store = PredictionStore(folder, run, rank)
-    if rank == 0:
+    store = PredictionStore(folder, run, place.rank)
+    if place.rank == 0:
         write_problems(index.problems, folder / LEFT_OUT_FILE)
-    samples = [index[number] for number in range(rank, len(index), world)]
+    samples = [index[number] for number in range(place.rank, len(index), place.world)]
     predict_samples(model, samples, store, config.generation, dataset)
 
 

@@ -16,6 +16,7 @@ from minigpt5.data.types import Batch
 from minigpt5.generation import sample_seed
 from minigpt5.losses import Losses
 from minigpt5.model import MiniGPT5
+from minigpt5.strategies import SHARDED, is_sharded, shard_frozen
 
 
 class TrainingModule(LightningModule):
@@ -40,6 +41,11 @@ class TrainingModule(LightningModule):
         self.config = config
         self.total_steps = total_steps
         self.save_hyperparameters(hyper_parameters)
+
+    def configure_model(self) -> None:
+        """Share out the frozen layers (``--strategy fsdp``); called once the processes know each other."""
+        if self.config.strategy == SHARDED and self.trainer.world_size > 1 and not is_sharded(self.model):
+            shard_frozen(self.model, self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the adapter's dropout, the only randomness that is not drawn per sample."""

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,11 @@ def read_cc3m(path: Path, options: ReadOptions) -> Cc3mIndex:
     both = (Task.CAPTION, Task.INSTRUCTION)
     default = both[:1] if options.split is Split.TEST else both
     wanted = wanted_tasks(options.tasks, available=both, default=default)
-    lines = LineFile(path)
+    lines = LineFile(path, options.head_bytes)
     columns = _read_header(lines)
     problems: list[Problem] = []
-    rows = np.fromiter(_index_rows(lines, columns, wanted, problems), dtype=np.dtype((np.int64, 3)))
+    found = islice(_index_rows(lines, columns, wanted, problems), None if options.head_bytes is None else 1)
+    rows = np.fromiter(found, dtype=np.dtype((np.int64, 3)))
     return Cc3mIndex(lines, columns, options, rows, problems)
 
 

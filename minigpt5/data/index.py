@@ -29,6 +29,10 @@ class ReadOptions:
     """Length of a text in language-model tokens."""
     tasks: tuple[str, ...] | None = None
     """Task variants to keep; None keeps the published choice for the split."""
+    context: str = "full"
+    """What a story's prompt holds of the steps before (``data.context``)."""
+    head_bytes: int | None = None
+    """Read a file of lines no further than this and stop at its first sample; None indexes all of it."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,22 @@ class LineFile:
     One block instead of a list of strings keeps millions of lines small and lets data-loading processes share
     them: nothing in it is reference-counted.
 
+    Args:
+        path: the file.
+        limit: bytes to read at most; a line cut off there is left out. None reads everything.
+
     Raises:
         InputError: the file is missing.
     """
 
     path: Path
+    limit: int | None = None
     content: bytes = field(init=False, repr=False)
     starts: np.ndarray = field(init=False, repr=False)
     """Byte offset of each line, and one past the end."""
 
     def __post_init__(self) -> None:
-        content = read_bytes(self.path).removeprefix(b"\xef\xbb\xbf")
+        content = read_bytes(self.path, self.limit).removeprefix(b"\xef\xbb\xbf")
         breaks = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
         end = [] if content.endswith(b"\n") or not content else [len(content) + 1]
         object.__setattr__(self, "content", content)
@@ -80,14 +89,18 @@ class SelectedSamples:
         return replace(sample, id=self.renamed[position]) if position in self.renamed else sample
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return a file's content.
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """Return a file's content; with a limit, its whole lines within that many bytes.
 
     Raises:
         InputError: the file is missing or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            if limit is None or path.stat().st_size <= limit:
+                return file.read()
+            head = file.read(limit)
+            return head[: head.rfind(b"\n") + 1]
     except FileNotFoundError:
         raise InputError(f"{path}: no such data file") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ def read_mmdialog(path: Path, options: ReadOptions) -> MMDialogIndex:
         InputError: the file is missing.
     """
     wanted_tasks(options.tasks, available=(Task.DIALOGUE,), default=(Task.DIALOGUE,))
-    lines = LineFile(path)
+    lines = LineFile(path, options.head_bytes)
     problems: list[Problem] = []
-    rows = np.fromiter(_index_conversations(lines, options, problems), dtype=np.dtype((np.int64, 2)))
+    found = islice(_index_conversations(lines, options, problems), None if options.head_bytes is None else 1)
+    rows = np.fromiter(found, dtype=np.dtype((np.int64, 2)))
     return MMDialogIndex(lines, options, rows, problems)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ LAYOUTS = """  cc3m      tab-separated, first line names the columns caption and
   mmdialog  one JSON object a line with conversation_id and conversation"""
 
 _HEAD_BYTES = 1 << 16
+_HEAD_RECORDS = 1 << 20
 _CHUNK = 4096
 _SHOWN_PROBLEMS = 10
 
@@ -82,21 +84,10 @@ def open_index(
         features: precomputed features; pictures then need a feature file and are not opened.
 
     Raises:
-        InputError: the file is missing, of another layout, or has no usable sample.
+        InputError: the file is missing, of another layout or without the wanted context, or has no usable sample.
     """
-    full = config.folder / path
-    if not full.is_file():
-        raise InputError(f"{full}: no such data file (data paths are relative to the data folder, DATAFOLDER)")
-    name = detect_dataset(full) if config.dataset is DatasetName.AUTO else config.dataset
-    options = ReadOptions(
-        split=split,
-        folder=config.folder,
-        voken_text=voken_text,
-        choose=hashed_choice(seed),
-        count_tokens=count_tokens,
-        tasks=config.tasks,
-    )
-    index = READERS[name](full, options)
+    full, name = _locate(config, path)
+    index = READERS[name](full, _read_options(config, split, voken_text, seed, count_tokens))
     count = len(index) if config.max_samples is None else min(config.max_samples, len(index))
     checker = PictureChecker(config.check_images, full.with_name(f".{full.name}.pictures.json"))
 
@@ -108,6 +99,51 @@ def open_index(
     checker.save()
     report_problems(full, len(selected), selected.problems)
     return selected
+
+
+def check_records(config: DataConfig, path: Path, split: Split, *, voken_text: str) -> None:
+    """Raise what :func:`open_index` would raise for a file's layout and records, without a tokenizer.
+
+    Nothing is read beyond the first usable record and the mebibyte around it, unless there is none in it.
+    Pictures and lengths are not looked at.
+
+    Raises:
+        InputError: as :func:`open_index`.
+    """
+    full, name = _locate(config, path)
+    options = _read_options(config, split, voken_text, seed=0, count_tokens=lambda text: 0)
+    if len(READERS[name](full, replace(options, head_bytes=_HEAD_RECORDS))) == 0:
+        index = READERS[name](full, options)
+        if len(index) == 0:
+            report_problems(full, 0, index.problems)
+
+
+def _locate(config: DataConfig, path: Path) -> tuple[Path, DatasetName]:
+    """Return a data file's path and data set, if it is there and suits the settings."""
+    full = config.folder / path
+    if not full.is_file():
+        raise InputError(f"{full}: no such data file (data paths are relative to the data folder, DATAFOLDER)")
+    name = detect_dataset(full) if config.dataset is DatasetName.AUTO else config.dataset
+    if config.context != "full" and name is not DatasetName.VIST:
+        raise InputError(
+            f"data.context: {config.context}: only VIST's prompts hold a story so far, and {full} is of {name}; "
+            "leave it at full"
+        )
+    return full, name
+
+
+def _read_options(
+    config: DataConfig, split: Split, voken_text: str, seed: int, count_tokens: Callable[[str], int]
+) -> ReadOptions:
+    return ReadOptions(
+        split=split,
+        folder=config.folder,
+        voken_text=voken_text,
+        choose=hashed_choice(seed),
+        count_tokens=count_tokens,
+        tasks=config.tasks,
+        context=config.context,
+    )
 
 
 def _select(

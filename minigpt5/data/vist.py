@@ -50,12 +50,13 @@ class VistIndex:
 
 
 def make_sample(story: Story, position: int, task: Task, options: ReadOptions) -> Sample:
-    """Return the sample of one step: all steps before it are the prompt's history."""
-    step, history = story.steps[position], story.steps[:position]
+    """Return the sample of one step; ``options.context`` says what its prompt tells of the steps before."""
+    step, history = story.steps[position], _known(story.steps[:position], options.context)
+    with_pictures = options.context == "full"
     name = f"{story.name}_{step.sequence_index}-{SUFFIXES[task]}"
     picture = options.folder / step.picture
-    inputs = tuple(options.folder / earlier.picture for earlier in history)
-    prompt = prompts.story_history([earlier.caption for earlier in history])
+    inputs = tuple(options.folder / earlier.picture for earlier in history if with_pictures)
+    prompt = prompts.story_history([earlier.caption for earlier in history], with_pictures=with_pictures)
     outputs: tuple[Path, ...] = (picture,)
     if task is Task.GENERATION:
         text = options.choose(name, prompts.VIST_GENERATION).format(prompt=prompt, step_text=step.caption)
@@ -69,6 +70,12 @@ def make_sample(story: Story, position: int, task: Task, options: ReadOptions) -
         inputs, outputs = (*inputs, picture), ()
     described = step.caption if task is Task.GENERATION else None
     return Sample(name, task, prompts.VIST_SYSTEM + text, response, inputs, outputs, description=described)
+
+
+def _known(history: tuple[Step, ...], context: str) -> tuple[Step, ...]:
+    if context == "none":
+        return ()
+    return history[-1:] if context == "last_text" else history
 
 
 def read_vist(path: Path, options: ReadOptions) -> VistIndex:
@@ -104,6 +111,8 @@ def read_vist(path: Path, options: ReadOptions) -> VistIndex:
                     problems.append(Problem(f"{path}: {sample.id}", fault))
                     continue
             entries.append((story, position, task))
+        if entries and options.head_bytes is not None:
+            break
     return VistIndex(options, entries, problems)
 
 

@@ -1,11 +1,12 @@
 """Write ``results.json``, ``results_dict.json`` and ``report.html`` beside the predictions they are of."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from minigpt5.metrics.catalogue import explain
@@ -16,6 +17,7 @@ from minigpt5.predictions import LEFT_OUT_FILE, Prediction, count_left_out
 RESULTS_FILE = "results.json"
 PUBLISHED_FILE = "results_dict.json"
 REPORT_FILE = "report.html"
+Value = TypeVar("Value")
 GALLERY_SIZE = 100
 """Predictions shown in the report; the scores are over all of them."""
 
@@ -123,6 +125,13 @@ def render_report(title: str, predictions: Sequence[Prediction], scores: Scores,
     )
 
 
+def possible(values: Mapping[str, Value], scores: Scores) -> dict[str, Value]:
+    """Return the named values that can exist: a baseline's only where some prediction has a baseline picture."""
+    if scores.coverage.baseline_images:
+        return dict(values)
+    return {name: value for name, value in values.items() if not re.search("base?line", name)}
+
+
 def format_value(value: float | None) -> str:
     """Return a score as text; a dash if there is none."""
     return "–" if value is None else f"{value:.4f}"
@@ -134,8 +143,9 @@ def _coverage(coverage: Coverage) -> str:
         ("pictures made unasked", coverage.extra_images, coverage.predictions - coverage.wanted_images),
         ("texts made where wanted", coverage.wanted_texts - coverage.missing_texts, coverage.wanted_texts),
         ("texts made unasked", coverage.extra_texts, coverage.predictions - coverage.wanted_texts),
-        ("baseline pictures", coverage.baseline_images, coverage.predictions),
     ]
+    if coverage.baseline_images:
+        entries.append(("baseline pictures", coverage.baseline_images, coverage.predictions))
     cards = []
     for label, count, total in entries:
         if total:
@@ -146,7 +156,7 @@ def _coverage(coverage: Coverage) -> str:
 
 def _score_table(scores: Scores) -> str:
     rows = []
-    for name, score in scores.scores.items():
+    for name, score in possible(scores.scores, scores).items():
         meaning = explain(name)
         if meaning.is_published:
             continue
@@ -174,7 +184,7 @@ def _network_table(scores: Scores) -> str:
 def _published_table(scores: Scores) -> str:
     rows = [
         f'<tr><td><code>{escape(name)}</code></td><td class="number">{format_value(value)}</td></tr>'
-        for name, value in scores.published.items()
+        for name, value in possible(scores.published, scores).items()
     ]
     return f'<div class="card"><table>{"".join(rows)}</table></div>'
 

@@ -1,6 +1,7 @@
-"""Command line of the tiny world: ``python -m minigpt5.tinyworld {data,init,pretrain,evaluate,score}``."""
+"""Command line of the tiny world: ``python -m minigpt5.tinyworld COMMAND``; ``--help`` lists the commands."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 from minigpt4.errors import InputError
 from minigpt5.cli import run_command
+from minigpt5.tinyworld.experiments.comparisons import COMPARISONS, Sizes
 
 DATA_SETS = ("cc3m", "vist", "mmdialog")
-PARTS = ("vae", "clip", "language", "unet", "vision", "scorer")
+PARTS = ("vae", "clip", "text", "language", "unet", "blanks", "eyes", "vision", "scorer")
 SHIPPED = Path(__file__).resolve().parent / "weights"
 FLOORS_NOT_MET = 1
 """Exit code."""
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--seed", type=int, default=0)
     init.set_defaults(run=_init)
     _add_pretraining(commands)
+    _add_experiments(commands)
     return parser
 
 
@@ -67,7 +70,37 @@ def _add_pretraining(commands: Any) -> None:
     score.add_argument(
         "folders", type=Path, nargs="+", help="folders of predictions, as train_eval.py writes them"
     )
+    score.add_argument("--page", type=Path, help="also write an HTML page with these shares and some replies")
+    score.add_argument("--check", action="store_true", help="exit with 1 if a floor is not reached")
     score.set_defaults(run=_score)
+
+
+def _add_experiments(commands: Any) -> None:
+    sizes = Sizes()
+    experiments = commands.add_parser(
+        "experiments",
+        help="rerun the paper's comparisons",
+        description="Train and measure every variant of the paper's comparisons, and write results.md with tables "
+        "and plots. The same command goes on where it stopped; what changed is done again.",
+    )
+    experiments.add_argument("--out", type=Path, required=True, help="folder for everything it writes")
+    experiments.add_argument(
+        "--only", nargs="+", choices=COMPARISONS, default=(), metavar="NAME", help=f"of {', '.join(COMPARISONS)}"
+    )
+    experiments.add_argument("--seeds", type=int, help="trainings of each variant (default: 3 or 1)")
+    experiments.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
+    experiments.add_argument(
+        "--steps", type=int, nargs="+", default=sizes.steps, metavar="N",
+        help=f"optimizer steps of stage 1 and of stage 2, or of each (default: {' '.join(map(str, sizes.steps))})",
+    )  # fmt: skip
+    for name, what in (
+        ("captions", "captioned pictures to train stage 1 on"),
+        ("stories", "stories to train stage 2 on"),
+        ("held_out", "held-out pictures to measure on"),
+    ):
+        default = getattr(sizes, name)
+        experiments.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default})")
+    experiments.set_defaults(run=_experiments)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: the arguments cannot be used.
     """
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     return options.run(options) or 0
 
 
@@ -132,9 +165,30 @@ def _score(options: argparse.Namespace) -> int:
         for share in score_folder(folder):
             print(f"  {share}", flush=True)
             missed += [] if share.met else [f"{folder}: {share.name}"]
+    if options.page:
+        from minigpt5.tinyworld.overview import write_overview
+
+        write_overview(options.page, options.folders)
     if missed:
         print(f"floors not met: {'; '.join(missed)}", file=sys.stderr)
-    return FLOORS_NOT_MET if missed else 0
+    return FLOORS_NOT_MET if missed and options.check else 0
+
+
+def _experiments(options: argparse.Namespace) -> int:
+    numbers = {name: getattr(options, name) for name in ("seeds", "jobs", "captions", "stories", "held_out")}
+    for name, number in [*numbers.items(), *(("steps", steps) for steps in options.steps)]:
+        if number is not None and number < 1:
+            raise InputError(f"--{name} {number}: give at least 1")
+    if len(options.steps) > 2:
+        raise InputError(f"--steps {' '.join(map(str, options.steps))}: give one or two numbers")
+    from minigpt5.tinyworld.experiments.run import run_experiments
+
+    sizes = Sizes(options.captions, options.stories, options.held_out, (options.steps[0], options.steps[-1]))
+    command = f"python -m minigpt5.tinyworld {shlex.join(options.arguments)}"
+    folder = _folder(options.out)
+    return run_experiments(
+        folder, options.only, sizes=sizes, command=command, seeds=options.seeds, jobs=options.jobs
+    )
 
 
 def _report(folder: Path, parts: Sequence[str], count: int, seed: int) -> int:

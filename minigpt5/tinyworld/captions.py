@@ -77,6 +77,12 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def plain_words(scene: Scene) -> str:
+    """Return a scene's attributes in a fixed order and without synonyms: "night big red star upper left"."""
+    things = (f"{thing.size} {thing.colour} {thing.shape} {thing.position}" for thing in scene.things)
+    return " ".join((scene.background, *things))
+
+
 def read_attributes(text: str) -> dict[str, str]:
     """Return attribute → value for the attributes a text names, the first mention of each."""
     padded = f" {' '.join(re.findall('[a-z]+', text.lower()))} "

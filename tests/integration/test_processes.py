@@ -1,5 +1,7 @@
-"""Training in two processes on the CPU: it comes to its end, and gives what one process gives."""
+"""Two processes on the CPU, training and predicting: they come to an end, and give what one process gives."""
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -7,15 +9,16 @@ import pytest
 import torch
 import yaml
 
-from minigpt5.config import PROJECT_ROOT
+from minigpt5.config import CONFIG_VARIABLE, ENVIRONMENT, PROJECT_ROOT, STAGE_VARIABLE
+from minigpt5.predictions import read_predictions
 from tests.integration.conftest import QUICK, TINY
 
 STAGE1 = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights" / "checkpoints" / "stage1_cc3m.ckpt"
 
 
-def train(folder, data, processes, **sections):
-    """Train in this many processes and return the checkpoint of the last step."""
-    values = {"base": str(TINY), "is_training": True, "paths": {"weights": str(folder)}}
+def write_config(folder, data, **sections):
+    """Write a run's configuration below ``folder`` and return its file."""
+    values = {"base": str(TINY), "paths": {"weights": str(folder), "outputs": str(folder / "outputs")}}
     for key, value in {**QUICK, "training.num_epochs": 1, "data.folder": str(data), **sections}.items():
         *parents, name = key.replace("__", ".").split(".")
         target = values
@@ -25,34 +28,88 @@ def train(folder, data, processes, **sections):
     folder.mkdir(parents=True)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def run(config, processes):
+    """Run a configuration in this many processes, started by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else [])]
     command += [str(PROJECT_ROOT / "train_eval.py"), "--config", str(config)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def train(folder, data, processes, **sections):
+    """Train in this many processes and return the checkpoint of the last step."""
+    run(write_config(folder, data, is_training=True, **sections), processes)
     return torch.load(folder / "model-last.ckpt", weights_only=True)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tmp_path, tiny_data, clean_environment):
-    settings = {
-        "data__train": "cc3m_train.tsv",
-        "data__validation": "cc3m_val.tsv",
-        # With the usual epsilon, AdamW makes whole steps of gradients that are nothing but rounding.
-        "training__adam_epsilon": 1e-3,
-    }
-    data = tiny_data / "CC3M"
-    two = train(tmp_path / "two", data, 2, training__batch_size=1, **settings)
-    one = train(tmp_path / "one", data, 1, training__batch_size=2, **settings)
-    assert two["global_step"] == one["global_step"] == 4
-    assert two["state_dict"].keys() == one["state_dict"].keys()
-    for name, value in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name], value, rtol=0, atol=1e-6, msg=name)
+def assert_same_weights(ours, expected):
+    assert ours["global_step"] == expected["global_step"] == 4
+    assert ours["state_dict"].keys() == expected["state_dict"].keys()
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], value, rtol=0, atol=1e-6, msg=name)
+
+
+CC3M = {
+    "data__train": "cc3m_train.tsv",
+    "data__validation": "cc3m_val.tsv",
+    # With the usual epsilon, AdamW makes whole steps of gradients that are nothing but rounding.
+    "training__adam_epsilon": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_data):
+    """The last checkpoint of one process's training."""
+    with pytest.MonkeyPatch.context() as environment:
+        for variable in (*ENVIRONMENT, CONFIG_VARIABLE, STAGE_VARIABLE):
+            environment.delenv(variable, raising=False)
+        return train(
+            tmp_path_factory.mktemp("alone") / "run", tiny_data / "CC3M", 1, training__batch_size=2, **CC3M
+        )
 
 
 @pytest.mark.slow
-def test_processes_stay_in_step_where_only_some_batches_hold_a_picture(tmp_path, tiny_data, clean_environment):
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_two_processes_give_the_weights_of_one(tmp_path, tiny_data, clean_environment, alone, strategy):
+    settings = {"training__strategy": strategy, "training__batch_size": 1, **CC3M}
+    two = train(tmp_path / "two", tiny_data / "CC3M", 2, **settings)
+    assert_same_weights(two, alone)
+
+
+@pytest.mark.slow
+def test_two_machines_under_slurm_give_the_weights_of_one(tmp_path, tiny_data, clean_environment, alone):
+    """One task on each of two machines, both of them this one; no launcher but the variables that srun sets."""
+    settings = {"training__num_nodes": 2, "training__batch_size": 1, **CC3M}
+    folder = tmp_path / "two"
+    config = write_config(folder, tiny_data / "CC3M", is_training=True, **settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = []
+    for rank in range(2):
+        slurm = {"NTASKS": 2, "PROCID": rank, "NODEID": rank, "LOCALID": 0, "NTASKS_PER_NODE": 1, "JOB_ID": 1}
+        environment = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
+        environment |= {"SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(PROJECT_ROOT / "train_eval.py"), "--config", str(config)]
+        tasks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for task in tasks:
+        _, errors = task.communicate(timeout=600)
+        assert task.returncode == 0, errors[-3000:]
+    assert_same_weights(torch.load(folder / "model-last.ckpt", weights_only=True), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_processes_stay_in_step_where_only_some_batches_hold_a_picture(
+    tmp_path, tiny_data, clean_environment, strategy
+):
     settings = {
+        "training__strategy": strategy,
+        "training__sample_every_steps": 2,
         "stage": "multimodal",
         "stage1_weight": str(STAGE1),
         "data__train": "train_cleaned.json",
@@ -62,3 +119,23 @@ def test_processes_stay_in_step_where_only_some_batches_hold_a_picture(tmp_path,
     }
     last = train(tmp_path / "two", tiny_data / "VIST", 2, training__batch_size=1, **settings)
     assert last["global_step"] == 4
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_does(tmp_path, tiny_data, clean_environment):
+    stores = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        settings = {
+            "data__test": "cc3m_val.tsv",
+            "test_weight": str(STAGE1),
+            "generation__images": "force",
+            "generation__batch_size": 1,  # in batches of another size, a pixel may be rounded the other way
+        }
+        run(write_config(folder, tiny_data / "CC3M", **settings), processes)
+        stores.append(folder / "outputs" / STAGE1.stem)
+    one, two = ({prediction.id: prediction for prediction in read_predictions(store)} for store in stores)
+    assert one and one == two
+    assert len(list(stores[1].glob("predictions*.jsonl"))) == 2
+    pictures = {path.name: path.read_bytes() for path in (stores[0] / "images").iterdir()}
+    assert pictures == {path.name: path.read_bytes() for path in (stores[1] / "images").iterdir()}

@@ -20,8 +20,8 @@ from minigpt5.data.cc3m import clean_caption
 from minigpt5.data.collate import collate
 from minigpt5.data.encode import Encoder
 from minigpt5.data.feature_cache import FeatureFolder
-from minigpt5.data.index import ReadOptions, find_fault
-from minigpt5.data.types import Batch, EncodedSample, Sample, Split, Task
+from minigpt5.data.index import ReadOptions
+from minigpt5.data.types import Batch, EncodedSample, Sample, Split
 from minigpt5.images import expand2square, input_transform, open_picture, output_transform
 from minigpt5.prompts import Choose
 from minigpt5.vokens import VokenIds, voken_text
@@ -132,7 +132,7 @@ def _compare_pictures(folder: Path, transforms: Path) -> list[Row]:
         square = _pixels(expand2square(picture))
         rows.append(compare_exact(group, f"{name} rgb", _digest(_pixels(picture)), row["rgb"]["sha256"]))
         rows.append(compare_exact(group, f"{name} square", _digest(square), row["expand2square"]["sha256"]))
-        rows += _compare_pixels(
+        rows += compare_pixels(
             group,
             f"{name} input",
             into(picture),
@@ -140,7 +140,7 @@ def _compare_pictures(folder: Path, transforms: Path) -> list[Row]:
             PICTURE_INPUT,
             tensors.get(f"{name}.input"),
         )
-        rows += _compare_pixels(
+        rows += compare_pixels(
             group,
             f"{name} output",
             out(picture),
@@ -192,10 +192,10 @@ def _compare_items(root: Path, split: Split, samples: list[Sample | None], encod
             rows.append(compare_exact(group, f"{title} {key}", value, tensors[f"{prefix}.{key}"]))
         strided = tensors.get(f"{prefix}.input_images_strided")
         ours = _with_blank_input(encoded)
-        rows += _compare_pixels(group, f"{title} input", ours, item["input_images"], ITEM_INPUT, strided)
+        rows += compare_pixels(group, f"{title} input", ours, item["input_images"], ITEM_INPUT, strided)
         strided = tensors.get(f"{prefix}.output_image_strided")
         ours = _with_blank_output(encoded)
-        rows += _compare_pixels(group, f"{title} output", ours, item["output_image"], ITEM_OUTPUT, strided)
+        rows += compare_pixels(group, f"{title} output", ours, item["output_image"], ITEM_OUTPUT, strided)
     return rows
 
 
@@ -216,12 +216,12 @@ def _compare_batches(root: Path, split: Split, samples: list[Sample | None], enc
         for number, item in enumerate(encoded):
             ours = _with_blank_input(item).bfloat16()
             name = f"{tag}.input_images_strided.{number}"
-            rows += _compare_pixels(
+            rows += compare_pixels(
                 group, f"{tag} input {number}", ours, record["input_images"][number], ITEM_INPUT, tensors[name]
             )
         ours = torch.cat([_with_blank_output(item) for item in encoded]).bfloat16()
         name = f"{tag}.output_image_strided"
-        rows += _compare_pixels(group, f"{tag} output", ours, record["output_image"], ITEM_OUTPUT, tensors[name])
+        rows += compare_pixels(group, f"{tag} output", ours, record["output_image"], ITEM_OUTPUT, tensors[name])
         rows += _compare_concatenation(group, tag, batch, encoded)
     return rows
 
@@ -314,13 +314,16 @@ def _match(samples: Sequence[Sample], recorded: Sequence[dict[str, Any]]) -> lis
 
 
 def _is_well_formed(recorded: dict[str, Any]) -> bool:
-    """Whether placeholders and vokens of the recorded texts are as many as its pictures."""
-    inputs = tuple(Path(path) for path in recorded["input_image_path"] if path)
-    outputs = (Path(recorded["output_image_path"]),) if recorded["output_image_path"] else ()
-    is_caption = recorded["caption"] is not None and recorded["caption"] == recorded["target"]
-    task = Task.CAPTION if is_caption else Task.DIALOGUE
-    sample = Sample("", task, recorded["source"], recorded["target"], inputs, outputs, recorded["caption"])
-    return find_fault(sample, voken_text(VOKENS)) is None
+    """Whether the recorded texts hold as many placeholders and vokens as the record has pictures.
+
+    Counted here, not asked of the production code, whose choice of records is what is compared.
+    """
+    placeholders = (recorded["source"] + recorded["target"]).count("<ImageHere>")
+    # CC3M's test split wants the caption in place of the vokens.
+    wants_caption = recorded["target"] == recorded["caption"]
+    pictures = 0 if wants_caption or not recorded["output_image_path"] else 1
+    inputs = [path for path in recorded["input_image_path"] if path]
+    return placeholders == len(inputs) and recorded["target"].count("[IMG") == VOKENS * pictures
 
 
 def _describe(sample: Sample | None, root: Path) -> dict[str, Any] | None:
@@ -360,21 +363,13 @@ def _with_blank_output(encoded: EncodedSample) -> torch.Tensor:
     return torch.zeros(1, 3, OUTPUT_SIZE, OUTPUT_SIZE)
 
 
-def _compare_pixels(
+def compare_pixels(
     group: str, name: str, ours: torch.Tensor, recorded: dict[str, Any], stride: Any, strided: torch.Tensor | None
 ) -> Iterator[Row]:
-    """Compare the recorded pixels, and all pixels by their digest where it agrees or else by their mean."""
+    """Compare all pixels by their digest, and the recorded ones by value, which shows how far a digest is off."""
     if strided is not None:
         yield compare_tensor(group, f"{name} pixels", ours[stride], strided, PIXEL_TOLERANCE)
-    if _digest(ours) == recorded["sha256"]:
-        yield compare_exact(group, f"{name} digest", "same", "same")
-    else:
-        # Another build of a picture library may round the last bit elsewhere; whole pictures then agree in
-        # shape, mean and range.
-        yield compare_exact(group, f"{name} shape", list(ours.shape), recorded["shape"])
-        values = [float(ours.double().mean()), float(ours.min()), float(ours.max())]
-        reference = [recorded["mean"], recorded["min"], recorded["max"]]
-        yield compare_tensor(group, f"{name} mean and range", values, reference, 1e-5)
+    yield compare_exact(group, f"{name} digest", _digest(ours), recorded["sha256"])
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:

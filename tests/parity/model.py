@@ -311,7 +311,7 @@ def _diffusion(fixture: StageFixture, condition: Tensor, draws: DiffusionDraws) 
     assert fixture.batch.output_pixels_O3HW is not None
     moments = diffusion.encode_pixels(fixture.batch.output_pixels_O3HW)
     latents = diffusion.sample_latents(moments, draws.posterior_RCHW)
-    noisy = diffusion.scheduler.add_noise(latents, draws.noise_RCHW, draws.timesteps_R)
+    noisy = diffusion.schedule.add_noise(latents, draws.noise_RCHW, draws.timesteps_R)
     predicted = diffusion.predict(noisy, draws.timesteps_R, condition)
     yield from fixture.tensor("main.vae_moments", moments)
     every_picture = diffusion.encode_pixels(fixture.inputs["batch.output_image"])

@@ -44,11 +44,22 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "stage"),
-    [("True", Stage.MULTIMODAL), ("true", Stage.MULTIMODAL), ("False", Stage.ALIGNMENT), ("1", Stage.ALIGNMENT)],
+    [
+        *[(value, Stage.MULTIMODAL) for value in ("True", "true")],
+        *[(value, Stage.ALIGNMENT) for value in ("False", "false", "0", "")],
+    ],
 )
 def test_is_stage2_is_read_as_published(tmp_path, value, stage):
-    path = write(tmp_path / "a.yaml", "")
+    path = write(tmp_path / "a.yaml", "stage: multimodal")
     assert load_config(path, {}, {"IS_STAGE2": value}).stage is stage
+
+
+@pytest.mark.parametrize("value", ["maybe", "1", "TRUE", " True"])
+def test_any_other_is_stage2_is_refused(tmp_path, value):
+    path = write(tmp_path / "a.yaml", "")
+    with pytest.raises(InputError, match=rf"IS_STAGE2={value}: True \(or true\) means stage 2, False"):
+        load_config(path, {}, {"IS_STAGE2": value})
+    assert load_config(path, {"stage": "alignment"}, {"IS_STAGE2": value}).stage is Stage.ALIGNMENT
 
 
 def test_environment_names_the_configuration(tmp_path):
@@ -98,13 +109,51 @@ def test_every_problem_is_listed_at_once():
     assert str(error.value).count("\n") == 3
 
 
+def test_a_bad_value_is_told_of_what_set_it_and_not_of_the_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "training: {seed: 1}")
+    with pytest.raises(InputError) as error:
+        load_config(path, {"training.seed": "x", "foo.bar": 1, "loss": {"lr": 1}}, {}, {"training.seed": "--seed"})
+    heading, *lines = str(error.value).splitlines()
+    assert heading == "invalid configuration"
+    assert sorted(line.partition(": ")[0] for line in lines) == [
+        "  --seed (training.seed)",
+        "  --set (foo.bar)",
+        "  --set (loss)",
+    ]
+
+
+def test_a_bad_value_of_the_file_is_told_of_the_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "training: {lr: 1}")
+    with pytest.raises(InputError) as error:
+        load_config(path, {"training.seed": "x"}, {})
+    heading, *lines = str(error.value).splitlines()
+    assert heading == f"{path}: invalid configuration"
+    assert sorted(line.partition(": ")[0] for line in lines) == ["  --set (training.seed)", "  training.lr"]
+
+
+def test_a_bad_variable_is_named(tmp_path):
+    path = write(tmp_path / "a.yaml", "")
+    with pytest.raises(InputError, match=r"WEIGHTFOLDER \(paths\.weights\): "):
+        load_config(path, {}, {"WEIGHTFOLDER": object()})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"^MINIGPT5_CONFIG nowhere\.yaml: no such file"):
+        load_config(None, {}, {"MINIGPT5_CONFIG": "nowhere.yaml"})
+
+
 def test_missing_file_says_where_it_looked():
     with pytest.raises(InputError, match=r"--config nowhere\.yaml: no such file \(looked in"):
         load_config(Path("nowhere.yaml"), {}, {})
 
 
 @pytest.mark.parametrize(
-    "module", ["minigpt5.config", "minigpt5.arguments", "minigpt5.data.types", "train_eval", "metric"]
+    "module",
+    [
+        "minigpt5.config",
+        "minigpt5.arguments",
+        "minigpt5.checkpoint_command",
+        "minigpt5.data.types",
+        "train_eval",
+        "metric",
+    ],
 )
 def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -1,9 +1,10 @@
 import pytest
+import torch
 
 from minigpt4.errors import InputError
 from minigpt5.callbacks import plain_name, publish_checkpoint
 from minigpt5.config import TrainingConfig
-from minigpt5.hardware import choose_hardware
+from minigpt5.hardware import Place, choose_hardware, process_place
 from minigpt5.preflight import is_local
 from minigpt5.runs import StepPlan, build_loggers, plan_steps
 
@@ -36,6 +37,15 @@ def test_published_checkpoint_keeps_what_was_there(tmp_path):
         "name-v1.ckpt": "downloaded",
         "name-v2.ckpt": "first",
     }
+
+
+def test_a_folder_of_a_sharding_strategy_is_published_too(tmp_path):
+    best, target = tmp_path / "name_epoch=0.ckpt", tmp_path / "name.ckpt"
+    best.mkdir()
+    (best / "shard").write_text("state")
+    publish_checkpoint(best, target)
+    publish_checkpoint(best, target)
+    assert (target / "shard").read_text() == (tmp_path / "name-v1.ckpt" / "shard").read_text() == "state"
 
 
 def test_publishing_a_checkpoint_under_its_own_name_changes_nothing(tmp_path):
@@ -97,6 +107,11 @@ def test_unknown_gpu_or_cpu_with_a_notice(monkeypatch, capsys):
     assert (hardware.gpus, hardware.precision, hardware.device(0).type) == ((), "32-true", "cpu")
     assert capsys.readouterr().err.count("\n") == 1
 
+    assert choose_hardware(TrainingConfig(precision="16-mixed")).precision == "32-true"
+    assert "--precision 16-mixed needs one and 32-true is used" in capsys.readouterr().err
+    assert choose_hardware(TrainingConfig(precision="bf16-mixed")).precision == "bf16-mixed"
+    assert capsys.readouterr().err == ""
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_hardware(TrainingConfig()).gpus == (0, 1)
@@ -112,3 +127,25 @@ def test_logger_of_an_absent_package_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(InputError, match="--loggers wandb: .*pip install wandb"):
         build_loggers(["csv", "wandb"], tmp_path, "run")
+
+
+SLURM = {"NTASKS": "8", "PROCID": "5", "LOCALID": "1", "NTASKS_PER_NODE": "4", "JOB_NAME": "train"}
+
+
+def test_processes_of_torchrun_and_slurm_know_their_place(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert process_place() == Place(0, 0, 1)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert process_place() == Place(local_rank=1, rank=5, world=8)
+    assert choose_hardware(TrainingConfig()).cpu_processes == 4 or torch.cuda.is_available()
+    # torchrun within a SLURM allocation starts the processes, and counts them
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert process_place() == Place(1, 1, 2)
+    # a shell within an allocation is no task of it
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert process_place() == Place(0, 0, 1)

@@ -1,7 +1,7 @@
 """Prompts and replies for the language side, in the published templates, with scenes in the place of pictures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -11,7 +11,7 @@ from minigpt5.data import mmdialog, vist
 from minigpt5.data.cc3m import clean_caption
 from minigpt5.data.index import ReadOptions
 from minigpt5.data.types import Sample, Split, Task
-from minigpt5.tinyworld.captions import caption
+from minigpt5.tinyworld.captions import caption, plain_words
 from minigpt5.tinyworld.dialogues import make_dialogue
 from minigpt5.tinyworld.scenes import Scene, random_scene
 from minigpt5.tinyworld.stories import make_story
@@ -22,6 +22,10 @@ DESCRIBE = (
     f"{prompts.HUMAN} {prompts.PICTURE} Describe this image in detail. {prompts.ASSISTANT}",
 )
 """Wishes for a description; the last is MiniGPT-4's own."""
+SYSTEM_SHARE = 0.25
+"""Steps whose prompts keep their system prompt; it is long and tells nothing."""
+BLANK = -1
+"""Stands for a token that the language model has never seen."""
 _CLOSE_PICTURE = prompts.PICTURE.split(">", maxsplit=2)[-1]
 _OPEN_PICTURE = "<Img>"
 _SEEDS = 2**40
@@ -49,12 +53,15 @@ def describe_example(rng: Random) -> Example:
 
 
 def caption_example(rng: Random, vokens: str) -> Example:
-    """Ask for a picture by its caption, plainly or by an instruction, as in CC3M."""
+    """Ask for a picture by its caption, as in CC3M."""
     scene = any_scene(rng)
-    text = clean_caption(caption(scene, rng))
-    if rng.random() < 0.3:
-        text = prompts.cc3m_instruction(rng.choice(prompts.CC3M_GENERATION), text)
-    return Example(text, f"{vokens} {prompts.STOP}", (), (scene,))
+    return Example(clean_caption(caption(scene, rng)), f"{vokens} {prompts.STOP}", (), (scene,))
+
+
+def instruction_example(rng: Random, vokens: str) -> Example:
+    """Ask for a picture by an instruction with its caption, as in CC3M."""
+    example = caption_example(rng, vokens)
+    return replace(example, prompt=prompts.cc3m_instruction(rng.choice(prompts.CC3M_GENERATION), example.prompt))
 
 
 def story_example(rng: Random, vokens: str) -> Example:
@@ -91,8 +98,14 @@ def _from_sample(sample: Sample, scenes: list[Scene | None] | list[Scene]) -> Ex
     return Example(sample.prompt, sample.response, shown(sample.input_images), shown(sample.output_images))
 
 
+def without_system(example: Example) -> Example:
+    """Leave out the system prompt, the same in all of a data set's prompts."""
+    start = example.prompt.find(prompts.HUMAN)
+    return example if start < 0 else replace(example, prompt=example.prompt[start:])
+
+
 class PictureWriter:
-    """Tokens of examples with every picture written out in words: ``<Img>a red star ...</Img>``.
+    """Tokens of examples with every picture written out in words: ``<Img>night big red star top</Img>``.
 
     A language model that has read such text knows what a picture's place holds before it has seen one.
 
@@ -106,29 +119,40 @@ class PictureWriter:
         self.ids = VokenIds.install(tokenizer, count)
         self.voken_text = voken_text(count)
 
-    def prompt_ids(self, example: Example, rng: Random) -> list[int]:
+    def prompt_ids(self, example: Example) -> list[int]:
         """Return a prompt's ids with the beginning-of-sequence token, its pictures written out."""
         scenes = iter(example.inputs)
         ids = [self.tokenizer.bos_id]
         for index in self.tokenizer.encode(example.prompt):
-            ids += self._words(next(scenes), rng) if index == self.ids.picture else [index]
+            ids += self.word_ids(next(scenes)) if index == self.ids.picture else [index]
         return ids
 
-    def response_ids(self, example: Example, rng: Random) -> list[int]:
+    def response_ids(self, example: Example) -> list[int]:
         """Return a reply's ids, each run of vokens written out as a picture."""
         scenes = iter(example.outputs)
         ids: list[int] = []
         for index in self.tokenizer.encode(example.response):
             if index == self.ids.first:
                 ids += self.tokenizer.encode(_OPEN_PICTURE)
-                ids += self._words(next(scenes), rng)
+                ids += self.word_ids(next(scenes))
                 ids += self.tokenizer.encode(_CLOSE_PICTURE)
             elif index not in self.ids.vokens:
                 ids.append(index)
         return ids
 
-    def _words(self, scene: Scene, rng: Random) -> list[int]:
-        return self.tokenizer.encode(caption(scene, rng))
+    def blank_response_ids(self, example: Example, count: int) -> list[int]:
+        """Return a reply's ids with ``count`` times :data:`BLANK` for each picture."""
+        ids: list[int] = []
+        for index in self.tokenizer.encode(example.response):
+            if index == self.ids.first:
+                ids += [BLANK] * count
+            elif index not in self.ids.vokens:
+                ids.append(index)
+        return ids
+
+    def word_ids(self, scene: Scene) -> list[int]:
+        """Return the ids of a scene's plain words."""
+        return self.tokenizer.encode(plain_words(scene))
 
 
 Maker = Callable[[Random, str], Example]

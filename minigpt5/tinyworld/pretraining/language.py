@@ -12,19 +12,22 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from minigpt5.tinyworld.pretraining.examples import (
+    SYSTEM_SHARE,
     Example,
     Maker,
     PictureWriter,
     caption_example,
     describe_example,
     dialogue_example,
+    instruction_example,
     story_example,
+    without_system,
 )
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=3000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
+RECIPE = Recipe(steps=8000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
 
 
 def _describe(rng: Random, _: str) -> Example:
@@ -32,10 +35,11 @@ def _describe(rng: Random, _: str) -> Example:
 
 
 KINDS: tuple[tuple[Maker, float, float], ...] = (
-    (_describe, 0.15, 1.0),
+    (_describe, 0.15, 0.75),
     (caption_example, 0.2, 1.0),
-    (story_example, 0.4, 0.5),
-    (dialogue_example, 0.25, 0.75),
+    (instruction_example, 0.05, 0.75),
+    (story_example, 0.35, 0.5),
+    (dialogue_example, 0.25, 0.5),
 )
 """Maker of examples, its share of the steps, and its batch relative to the recipe's: long texts come in fewer."""
 
@@ -70,11 +74,13 @@ class LanguageObjective:
         """
         rng = python_random(generator)
         ((make, _, scale),) = rng.choices(KINDS, weights=[share for _, share, _ in KINDS])
+        keeps_system = rng.random() < SYSTEM_SHARE
         rows, starts = [], []
         for _ in range(max(1, round(self.recipe.batch_size * scale))):
             example = make(rng, self.writer.voken_text)
-            prompt = self.writer.prompt_ids(example, rng)
-            rows.append(prompt + self.writer.response_ids(example, rng))
+            example = example if keeps_system else without_system(example)
+            prompt = self.writer.prompt_ids(example)
+            rows.append(prompt + self.writer.response_ids(example))
             starts.append(len(prompt))
         length = max(map(len, rows))
         ids_BT = torch.zeros(len(rows), length, dtype=torch.long)

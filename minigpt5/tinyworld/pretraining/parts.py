@@ -29,6 +29,8 @@ from minigpt5.tinyworld.foundations import (
     build_foundations,
     write_foundations,
 )
+from minigpt5.tinyworld.pretraining.blanks import RECIPE as BLANK_RECIPE
+from minigpt5.tinyworld.pretraining.blanks import BlankObjective, BlankReader
 from minigpt5.tinyworld.pretraining.clip import RECIPE as CLIP_RECIPE
 from minigpt5.tinyworld.pretraining.clip import (
     SCORER_RECIPE,
@@ -43,12 +45,20 @@ from minigpt5.tinyworld.pretraining.language import RECIPE as LANGUAGE_RECIPE
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
 from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train, write_record
 from minigpt5.tinyworld.pretraining.pool import make_pool
+from minigpt5.tinyworld.pretraining.text import RECIPE as TEXT_RECIPE
+from minigpt5.tinyworld.pretraining.text import CaptionReader, ReadingObjective
 from minigpt5.tinyworld.pretraining.unet import RECIPE as UNET_RECIPE
 from minigpt5.tinyworld.pretraining.unet import UnetObjective
 from minigpt5.tinyworld.pretraining.vae import RECIPE as VAE_RECIPE
 from minigpt5.tinyworld.pretraining.vae import VaeObjective, latent_scale
 from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
-from minigpt5.tinyworld.pretraining.vision import Eyes, VisionObjective
+from minigpt5.tinyworld.pretraining.vision import (
+    SIGHT_RECIPE,
+    Eyes,
+    EyesReader,
+    SightObjective,
+    VisionObjective,
+)
 from minigpt5.tinyworld.renderer import PICTURE_SIZE
 
 POOL_SIZE = 12_000
@@ -127,6 +137,17 @@ def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     return measured
 
 
+def _train_text(place: Place, recipe: Recipe, _: int) -> Measured:
+    diffusion = load_folder_diffusion(place.folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        reader = CaptionReader(diffusion.text_encoder.requires_grad_(True)).to(place.device)
+    objective = ReadingObjective(reader, diffusion.tokenizer, recipe)
+    measured = train("text", reader, objective, recipe, place)
+    save_half(reader.text_encoder.to("cpu"), place.folder / "sd" / "text_encoder")
+    return measured
+
+
 def _train_scorer(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     pair = ScorerPair(_fresh(place).clip, CLIP_TOKEN_ROWS).to(place.device)
     encode = scorer_ids(pair.scorer.context_length)
@@ -144,6 +165,17 @@ def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
     return measured
 
 
+def _train_blanks(place: Place, recipe: Recipe, _: int) -> Measured:
+    model = load_folder_backbone(place.folder).model.language_model.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        reader = BlankReader(model).to(place.device)
+    objective = BlankObjective(reader, PictureWriter(load_tokenizer(place.folder / "llama")), recipe)
+    measured = train("blanks", reader, objective, recipe, place)
+    save_language_model(model.to("cpu"), place.folder / "llama")
+    return measured
+
+
 def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     diffusion = load_folder_diffusion(place.folder)
     diffusion.unet = _fresh(place).unet
@@ -151,6 +183,19 @@ def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     objective = UnetObjective(diffusion, make_pool(pool_size, place.seed), recipe)
     measured = train("unet", diffusion.unet, objective, recipe, place)
     save_half(diffusion.unet.to("cpu"), place.folder / "sd" / "unet")
+    return measured
+
+
+def _train_eyes(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    backbone = load_folder_backbone(place.folder).model
+    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection).requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        reader = EyesReader(eyes).to(place.device)
+    measured = train(
+        "eyes", reader, SightObjective(reader, make_pool(pool_size, place.seed), recipe), recipe, place
+    )
+    _save_eyes(place, eyes.to("cpu"))
     return measured
 
 
@@ -190,8 +235,11 @@ PARTS: dict[str, Part] = {
     "vae": Part((), VAE_RECIPE, _train_vae),
     "clip": Part((), CLIP_RECIPE, _train_clip),
     "language": Part((), LANGUAGE_RECIPE, _train_language),
-    "unet": Part(("vae", "clip"), UNET_RECIPE, _train_unet),
+    "text": Part(("clip",), TEXT_RECIPE, _train_text),
+    "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
+    "blanks": Part(("language",), BLANK_RECIPE, _train_blanks),
+    "eyes": Part(("clip",), SIGHT_RECIPE, _train_eyes),
+    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
-    "vision": Part(("clip", "language"), VISION_RECIPE, _train_vision),
 }
 """In an order that gives every part what it needs."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from minigpt5.diffusion import StableDiffusion
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
+from minigpt5.tinyworld.pretraining.text import caption_states
 
-RECIPE = Recipe(steps=12000, batch_size=32, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+RECIPE = Recipe(steps=8000, batch_size=32, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
 CAPTION_DROPOUT = 0.1
 """Share of captions replaced by empty ones, for classifier-free guidance (arXiv 2207.12598)."""
 GAMMA = 5.0
@@ -41,10 +42,12 @@ class UnetObjective:
         numbers = self.pool.draw(generator, self.recipe.batch_size)
         dropped = torch.rand(len(numbers), generator=generator) < CAPTION_DROPOUT
         captions = self.pool.captions(numbers, generator)
-        condition_BQE = self._encode(
-            ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)],
-            masked=bool(torch.rand((), generator=generator) < 0.5),
-        )
+        kept = ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+        masked = bool(torch.rand((), generator=generator) < 0.5)
+        with torch.no_grad():
+            condition_BQE = caption_states(
+                self.diffusion.text_encoder, self.diffusion.tokenizer, kept, masked=masked
+            )
         draws = [self.diffusion.draw(generator, self.pool.pixels_N3SS.shape[-1]) for _ in numbers]
         posterior_BCHW, noise_BCHW = (
             torch.cat([getattr(draw, name) for draw in draws]).to(condition_BQE)
@@ -64,14 +67,3 @@ class UnetObjective:
         Min-SNR caps SNR itself; the one more keeps the noisiest steps, where captions decide most.
         """
         return (GAMMA / (self.diffusion.signal_to_noise(timesteps_B) + 1)).clamp(max=1)
-
-    @torch.no_grad()
-    def _encode(self, captions: list[str], masked: bool) -> Tensor:
-        """Return text states without attention mask, as Stable Diffusion's pipeline, or with it.
-
-        The caption loss of MiniGPT-5 aims at the latter, so both should mean the same picture.
-        """
-        if masked:
-            return self.diffusion.encode_captions(captions)
-        inputs = self.diffusion.tokenizer.encode_padded(captions).to(self.diffusion.unet.device)
-        return self.diffusion.text_encoder(inputs["input_ids"])[0]

@@ -1,7 +1,8 @@
-"""Eyes for the language model: ViT, Q-Former and projection learn to make the frozen language model reply.
+"""Eyes for the language model: ViT, Q-Former and projection learn to see, then to make the frozen model reply.
 
-As MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
-pictures stand in stories and dialogues, where the language model has so far read them in words.
+First, in the place of BLIP-2's representation learning, what a picture shows must be readable from what stands for
+it. Then, as MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In
+the rest pictures stand in stories and dialogues, where the language model has so far read them in words.
 Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels.
 """
 
@@ -18,18 +19,22 @@ from minigpt4.qformer import QFormer
 from minigpt4.vision import VisionEncoder
 from minigpt5.images import CLIP_MEAN, CLIP_STD
 from minigpt5.tinyworld.pretraining.examples import (
+    SYSTEM_SHARE,
     Example,
     PictureWriter,
     describe_example,
     dialogue_example,
     story_example,
+    without_system,
 )
 from minigpt5.tinyworld.pretraining.loop import Recipe
-from minigpt5.tinyworld.pretraining.pool import python_random
+from minigpt5.tinyworld.pretraining.pool import Pool, python_random
+from minigpt5.tinyworld.pretraining.reader import SceneReader, reading_loss
 from minigpt5.tinyworld.renderer import render
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+SIGHT_RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=2500, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
 _DESCRIBE_SHARE = 0.8
 _STORY_SCALE = 0.25
 """Batch of stories and dialogues, relative to the recipe's."""
@@ -45,6 +50,41 @@ class Eyes(nn.Module):
     def forward(self, pixels_P3SS: Tensor) -> Tensor:
         """Return ``[P, L, H]`` for normalised pictures."""
         return self.projection(self.qformer(self.vision(pixels_P3SS)))
+
+
+class EyesReader(nn.Module):
+    """Eyes and what reads their states.
+
+    Args:
+        eyes: trained.
+    """
+
+    def __init__(self, eyes: Eyes) -> None:
+        super().__init__()
+        self.eyes = eyes
+        self.reader = SceneReader(eyes.projection.out_features)
+
+
+class SightObjective:
+    """Loss of one step of learning to see.
+
+    Args:
+        reader: trained.
+        pool: pictures.
+        recipe: batch size.
+    """
+
+    def __init__(self, reader: EyesReader, pool: Pool, recipe: Recipe) -> None:
+        self.reader, self.pool, self.recipe = reader, pool, recipe
+
+    def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Return the sum of the cross-entropies, and the share of pictures of which everything is read right."""
+        numbers = self.pool.draw(generator, self.recipe.batch_size)
+        pixels_P3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
+        device = self.reader.eyes.projection.weight.device
+        found = self.reader.reader(self.reader.eyes(pixels_P3SS.to(device)))
+        loss, right_P = reading_loss(found, [self.pool.scenes[number] for number in numbers])
+        return {"loss": loss, "read": right_P.float().mean()}
 
 
 class VisionObjective:
@@ -72,8 +112,10 @@ class VisionObjective:
             make = rng.choice((story_example, dialogue_example))
             count = max(1, round(self.recipe.batch_size * _STORY_SCALE))
             examples = [make(rng, self.writer.voken_text) for _ in range(count)]
+        if rng.random() >= SYSTEM_SHARE:
+            examples = [without_system(example) for example in examples]
         device = self.language_model.device
-        ids_BT, labels_BT = (part.to(device) for part in self.tokens(examples, generator))
+        ids_BT, labels_BT = (part.to(device) for part in self.tokens(examples))
         embeds_BTH = self.language_model.get_input_embeddings()(ids_BT.clamp(min=0))
         pictures = [render(scene, rng) for example in examples for scene in example.inputs]
         if pictures:
@@ -87,16 +129,15 @@ class VisionObjective:
         # A batch of first turns may show no picture at all; its gradient is zero.
         return {"loss": loss + 0 * self.eyes.projection.bias.sum()}
 
-    def tokens(self, examples: Sequence[Example], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def tokens(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Return ids, −1 at each position of a picture, and labels of the replies, each ``[B, T]``."""
-        rng = python_random(generator)
         width = self.eyes.qformer.query_tokens.shape[1]
         rows, labels = [], []
         for example in examples:
             prompt = [self.writer.tokenizer.bos_id]
             for index in self.writer.tokenizer.encode(example.prompt):
                 prompt += [-1] * width if index == self.writer.ids.picture else [index]
-            response = self.writer.response_ids(example, rng)
+            response = self.writer.response_ids(example)
             rows.append(torch.tensor(prompt + response))
             labels.append(torch.tensor([IGNORE_INDEX] * len(prompt) + response))
         pad = nn.utils.rnn.pad_sequence

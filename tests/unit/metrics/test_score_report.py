@@ -66,6 +66,22 @@ def test_report_says_what_could_not_be_scored():
     assert '<td class="number">–</td>' in page
 
 
+@pytest.mark.parametrize("with_baseline", [True, False])
+def test_baseline_rows_only_where_there_is_a_baseline(tmp_path, networks, with_baseline):
+    store = StoreBuilder(tmp_path, "vist")
+    for step in range(2):
+        baseline = picture(9) if with_baseline and step == 0 else None
+        store.add(f"a_{step}", [picture(step)], [picture(step + 5)], baseline, "[IMG0]", "a dog", "a dog")
+    predictions = store.read()
+    scores = score("vist", predictions, tmp_path, networks, tmp_path)
+    page = write_report(tmp_path, predictions, scores).read_text(encoding="utf-8").lower()
+    names = ("baseline_fid", "baseline_clip_similarity", "overall_basline_fid_score", "baseline pictures")
+    assert [name in page for name in names] == [with_baseline] * len(names)
+    assert "published_inception_score" not in page and "<code>overall_fid_score" in page
+    published = json.loads((tmp_path / "results_dict.json").read_text(encoding="utf-8"))
+    assert "overall_basline_fid_score" in published
+
+
 def test_gallery_is_limited_and_says_so():
     predictions = [Prediction(f"cc3m_{i}", "cc3m", "generation", "p", "t", "g") for i in range(GALLERY_SIZE + 5)]
     coverage = Coverage(len(predictions), 0, 0, 0, 0, 0, 0, 0, 0, 0)

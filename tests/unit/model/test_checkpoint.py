@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from minigpt5.checkpoint import (
     read_checkpoint,
     trainable_state,
 )
-from minigpt5.config import AdapterConfig, LossConfig, ModelConfig, PathsConfig, Stage, VokenConfig
+from minigpt5.config import PROJECT_ROOT, AdapterConfig, LossConfig, ModelConfig, PathsConfig, Stage, VokenConfig
 from minigpt5.model import MiniGPT5, build_model
 from tests.parity.model import model_config
 
@@ -184,6 +186,62 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
     path = broken(tmp_path, 1, lambda state: state["t2i_decoder_prompt"].fill_(float("nan")))
     with pytest.raises(InputError, match=r"NaN or infinity in mapper\.queries"):
         load_checkpoint(build(Stage.ALIGNMENT), path, Stage.ALIGNMENT, "--test_weight")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_another_number_of_vokens_than_the_files_is_noticed_at_conversion(tmp_path, number):
+    source, target = FIXTURE / f"stage{number}.ckpt", tmp_path / "ours"
+    words = r"--vokens {}: .*stage\d\.ckpt has 8: 609 rows are 600 of the language model, 8 vokens"
+    for count in (4, 16):
+        with pytest.raises(InputError, match=words.format(count)):
+            main(["convert", str(source), str(target), "--to", "ours", "--vokens", str(count)])
+        with pytest.raises(InputError, match=words.format(count)):
+            main(["show", str(source), "--vokens", str(count)])
+    # 601 tokens could be a vocabulary with one for padding; the language model's tokenizer tells.
+    with pytest.raises(InputError, match=words.format(7)):
+        convert(source, target, to="ours", new_tokens=8, language_model=FIXTURE / "llama")
+    assert not target.exists()
+    with pytest.raises(SystemExit):
+        main(["show", str(source), "--vokens", "0"])
+
+
+def test_an_unusual_vocabulary_is_not_taken_for_vokens(tmp_path):
+    content = torch.load(FIXTURE / "stage1.ckpt", weights_only=True)
+    for name in ("model.embed_tokens", "lm_head"):
+        key = f"model.llama_model.{name}.weight"
+        content["state_dict"][key] = content["state_dict"][key][:580].clone()
+    torch.save(content, tmp_path / "odd.ckpt")
+    convert(tmp_path / "odd.ckpt", tmp_path / "ours", to="ours", new_tokens=9)
+    assert len(load_file(tmp_path / "ours" / "trainable.safetensors")["base.embedding"]) == 571
+
+
+def test_conversion_says_that_the_optimizer_state_stays_behind(tmp_path, capsys):
+    content = torch.load(FIXTURE / "stage1.ckpt", weights_only=True)
+    states = [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}]
+    torch.save({**content, "optimizer_states": states}, tmp_path / "trained.ckpt")
+    main(["convert", str(tmp_path / "trained.ckpt"), str(tmp_path / "ours"), "--to", "ours"])
+    assert f"left out of {tmp_path / 'ours'}: the optimizer state" in capsys.readouterr().out
+    main(["convert", str(FIXTURE / "stage1.ckpt"), str(tmp_path / "weights"), "--to", "ours"])
+    assert "optimizer" not in capsys.readouterr().out
+
+    model = build(Stage.ALIGNMENT)
+    own = {"state_dict": trainable_state(model), FORMAT_KEY: checkpoint_mark(Stage.ALIGNMENT), "epoch": 1}
+    torch.save({**own, "optimizer_states": states}, tmp_path / "own.ckpt")
+    target = tmp_path / "published.ckpt"
+    llama = ["--language_model", str(FIXTURE / "llama")]
+    main(["convert", str(tmp_path / "own.ckpt"), str(target), "--to", "published", *llama])
+    assert f"left out of {target}: the optimizer state" in capsys.readouterr().out
+    written = torch.load(target, weights_only=True)
+    assert (written["optimizer_states"], written["epoch"]) == ([], 1)
+
+
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "minigpt5.checkpoint", "convert", "--help"]
+    finished = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    assert "--vokens" in finished.stdout
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers", "safetensors"})
 
 
 def test_pickled_code_is_not_run(tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from minigpt4.errors import InputError
 from minigpt5.config import DiffusionConfig, GenerationConfig
 from minigpt5.diffusion import DiffusionDraws, load_diffusion
+from minigpt5.schedulers import SAMPLERS
 
 FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model" / "sd"
 FILES = {
@@ -104,6 +105,67 @@ def test_velocity_is_the_target_where_the_scheduler_says_so(folder):
     ratio = (alphas / (1 - alphas)).flatten()
     weights = ratio.clamp(max=5.0) / (ratio + 1)
     torch.testing.assert_close(velocity_model.loss(condition, latents, draws, 5.0), (error * weights).mean())
+
+
+def use_scheduler(folder: Path, name: str) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    SAMPLERS[name].from_config(json.loads(path.read_text())).save_pretrained(folder / "scheduler")
+    assert json.loads(path.read_text())["_class_name"] == name
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_folders_scheduler_samples_and_every_one_trains_alike(folder, name):
+    use_scheduler(folder, name)
+    published, model = load(FIXTURE)[0], load(folder)[0]
+    config = GenerationConfig(num_inference_steps=3)
+    assert type(model.pipeline(config).scheduler).__name__ == name
+
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    draws = DiffusionDraws(noise, noise, torch.tensor([10, 900]))
+    condition = torch.randn(2, 77, 24, generator=generator)
+    losses = [diffusion.loss(condition, latents, draws, 5.0) for diffusion in (published, model)]
+    torch.testing.assert_close(losses[0], losses[1])
+
+    both = model.sample_pixels(condition, condition * 0, latents, config)
+    alone = model.sample_pixels(condition[1:], condition[1:] * 0, latents[1:], config)
+    assert both.isfinite().all()
+    torch.testing.assert_close(both[1:], alone, atol=1e-3, rtol=0)
+
+
+def test_the_index_names_the_scheduler_where_its_own_file_does_not(folder):
+    use_scheduler(folder, "DDIMScheduler")
+    path, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
+    values = json.loads(path.read_text())
+    del values["_class_name"]
+    path.write_text(json.dumps(values))
+    names = json.loads(index.read_text())
+    index.write_text(json.dumps({**names, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    assert type(load(folder)[0].scheduler).__name__ == "DDIMScheduler"
+    index.unlink()
+    with pytest.raises(InputError, match=r"scheduler_config\.json: scheduler _class_name None"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "InventedScheduler"}, "'InventedScheduler' cannot be used; name one of PNDMScheduler, "),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "'EulerAncestralDiscreteScheduler' cannot be used"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            r"algorithm_type sde-dpmsolver\+\+ draws noise in every step.*; use dpmsolver\+\+",
+        ),
+        ({"prediction_type": "sample"}, "prediction_type 'sample' cannot be trained; known are epsilon"),
+        ({"beta_schedule": "invented"}, "cannot be loaded as PNDMScheduler: invented"),
+    ],
+)
+def test_schedulers_that_cannot_be_used_are_named_with_their_file(folder, change, message):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message) as error:
+        load(folder)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("scheduler", ["default", "ddim", "dpm++"])

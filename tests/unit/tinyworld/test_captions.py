@@ -1,6 +1,6 @@
 from random import Random
 
-from minigpt5.tinyworld.captions import article, caption, read_attributes
+from minigpt5.tinyworld.captions import article, caption, plain_words, read_attributes
 from minigpt5.tinyworld.scenes import Scene, Thing, random_scene, seeded
 
 
@@ -47,3 +47,10 @@ def test_reading_partial_text_gives_what_is_there():
 def test_article():
     assert article("orange star") == "an orange star"
     assert article("red star") == "a red star"
+
+
+def test_plain_words_name_everything_in_one_order_and_differ_where_scenes_do():
+    both = Scene((Thing("circle", "red", "big", "middle"), Thing("ring", "blue", "small", "upper left")), "snow")
+    assert plain_words(both) == "snow big red circle middle small blue ring upper left"
+    scenes = {random_scene(seeded(0, "train", index), "train", things=1 + index % 2) for index in range(500)}
+    assert len({plain_words(scene) for scene in scenes}) == len(scenes)

@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -8,24 +9,30 @@ import torch
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
 from minigpt5.tinyworld.__main__ import main
-from minigpt5.tinyworld.captions import read_attributes
+from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
+from minigpt5.tinyworld.pretraining.blanks import COUNT, BlankObjective, BlankReader, blank_starts
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
 from minigpt5.tinyworld.pretraining.examples import (
+    BLANK,
+    Example,
     PictureWriter,
     caption_example,
     describe_example,
     dialogue_example,
+    instruction_example,
     story_example,
 )
 from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train
-from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder, run_part
+from minigpt5.tinyworld.pretraining.parts import PARTS, load_folder_diffusion, prepare_folder, run_part
 from minigpt5.tinyworld.pretraining.pool import GROUP, make_pool
+from minigpt5.tinyworld.pretraining.reader import targets
 from minigpt5.tinyworld.pretraining.run import pretrain
+from minigpt5.tinyworld.pretraining.text import caption_states
 from minigpt5.tinyworld.pretraining.vae import VaeObjective
 from minigpt5.tinyworld.pretraining.vision import VisionObjective
-from minigpt5.tinyworld.scenes import belongs, seeded
+from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing, belongs, seeded
 
 CPU = torch.device("cpu")
 QUICK = Recipe(steps=6, batch_size=2, learning_rate=1e-3, warmup_steps=1)
@@ -64,9 +71,10 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
         for path, content in before.items()
         if path.suffix in (".safetensors", ".pth") and path.read_bytes() != content
     }
-    expected = {"vae": {"sd"}, "unet": {"sd"}, "language": {"llama"}}
+    expected = {"vae": {"sd"}, "text": {"sd"}, "unet": {"sd"}, "language": {"llama"}, "blanks": {"llama"}}
     eyes = {"eva_vit.pth", "blip2_qformer.pth"}
     expected |= {"scorer": {"clip"}, "clip": {"sd", *eyes}, "vision": {"minigpt4.pth", *eyes}}
+    expected["eyes"] = expected["vision"]
     assert changed - {"pretraining"} == expected[name]
 
 
@@ -126,7 +134,7 @@ def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
         monkeypatch.setitem(
             PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
         )
-    with pytest.raises(InputError, match="--parts unet: needs vae, clip, not yet pretrained in"):
+    with pytest.raises(InputError, match="--parts unet: needs vae, text, not yet pretrained in"):
         run_part("unet", place)
     monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.prepare_folder", lambda place: None)
     for _ in range(2):
@@ -154,17 +162,96 @@ def test_pool_holds_training_look_alikes(pool):
 def test_examples_write_each_picture_out_in_words(folder):
     writer = PictureWriter(load_tokenizer(folder / "llama"))
     rng = seeded(0, "train", "examples")
-    for make in (lambda rng, _: describe_example(rng), caption_example, story_example, dialogue_example):
+    makers = (caption_example, instruction_example, story_example, dialogue_example)
+    for make in (lambda rng, _: describe_example(rng), *makers):
         for _ in range(30):
             example = make(rng, writer.voken_text)
             assert example.prompt.count("<ImageHere>") == len(example.inputs)
             assert example.response.count("[IMG0]") == len(example.outputs)
-            ids = writer.prompt_ids(example, rng) + writer.response_ids(example, rng)
+            ids = writer.prompt_ids(example) + writer.response_ids(example)
             assert max(ids) < writer.tokenizer.base_size
             text = writer.tokenizer.decode(ids)
             assert text.endswith("###")
             shown = len(example.inputs) + len(example.outputs)
             assert text.replace("<Img>ImageContent", "").count("<Img>") == shown
+
+
+def blank_objective(folder):
+    writer = PictureWriter(load_tokenizer(folder / "llama"))
+    model = build_foundations(len(writer.tokenizer), 520, seed=1).language_model
+    return BlankObjective(BlankReader(model), writer, replace(QUICK, batch_size=8)), writer
+
+
+def test_blanks_stand_where_a_replys_pictures_do(folder):
+    objective, writer = blank_objective(folder)
+    scene = Scene((Thing("star", "red", "big", "top"),), "snow")
+    example = Example("show it .", f"here it is . {writer.voken_text} ###", (), (scene,))
+    ids = writer.blank_response_ids(example, COUNT)
+    assert ids.count(BLANK) == COUNT
+    assert writer.tokenizer.decode([index for index in ids if index != BLANK]) == "here it is . ###"
+    rows = objective.tokens([example, replace(example, prompt="show it to me , please .")])
+    where, starts = blank_starts(rows)
+    assert where.tolist() == [0, 1]
+    for row, start in zip(where.tolist(), starts.tolist(), strict=True):
+        assert (rows[row, start : start + COUNT] == BLANK).all()
+        assert (rows[row] == BLANK).sum() == COUNT
+
+
+def test_blanks_are_near_the_mean_row_and_known_tokens_keep_theirs(folder):
+    objective, writer = blank_objective(folder)
+    rows = objective.model.get_input_embeddings().weight
+    ids = torch.tensor([[5, BLANK, BLANK, 7]])
+    first, second = (objective.embed(ids, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(first[0, [0, 3]], rows[[5, 7]])
+    assert not torch.equal(first[0, 1], first[0, 2])
+    assert not torch.equal(first[0, 1], second[0, 1])
+    many = objective.embed(torch.full((1, 4000), BLANK), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(many[0].mean(dim=0), rows.mean(dim=0), atol=2e-3, rtol=0)
+
+
+def test_each_blank_tells_a_word_and_a_second_one_where_there_are_more(folder):
+    objective, writer = blank_objective(folder)
+    both = Scene(
+        (Thing("star", "red", "big", "upper left"), Thing("ring", "blue", "small", "lower right")), "snow"
+    )
+    one = Scene((Thing("star", "red", "big", "top"),), "snow")
+    words = objective.words([Example("", "", (), (both,)), Example("", "", (), (one,))])
+    assert words.shape == (2, 2 * COUNT)
+    decode = writer.tokenizer.decode
+    assert decode([index for index in words[0].tolist() if index >= 0]).split() == plain_words(both).split()
+    assert decode(words[1, :5].tolist()).split() == plain_words(one).split()
+    assert (words[1, 5:] < 0).all()
+
+
+def test_every_drawn_reply_holds_a_picture_and_the_loss_has_three_terms(folder):
+    objective, _ = blank_objective(folder)
+    for seed in range(4):
+        found = objective(torch.Generator().manual_seed(seed))
+        losses = {name: float(value.detach()) for name, value in found.items()}
+        examples = objective.draw(Random(seed))
+        assert len(examples) == 4
+        assert all(example.outputs for example in examples)
+        total = losses["loss"] - losses["text"] - losses["told"]
+        assert 0 < total < 2 * losses["text"]
+
+
+def test_cells_of_a_caption_are_what_its_scene_holds():
+    star = Thing("star", "red", "big", "top")
+    ring = Thing("ring", "blue", "small", "lower left")
+    wanted = targets([Scene((star, ring), "snow"), Scene((ring,), "night")])
+    assert wanted["is_there"].nonzero().tolist() == [[0, 1], [0, 6], [1, 6]]
+    for name, values in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
+        assert wanted[name][0, 1] == values.index(getattr(star, name))
+        assert wanted[name][0, 6] == wanted[name][1, 6] == values.index(getattr(ring, name))
+    assert wanted["background"].tolist() == [BACKGROUNDS.index("snow"), BACKGROUNDS.index("night")]
+
+
+def test_captions_are_read_from_the_very_states_that_condition_pictures(folder):
+    diffusion = load_folder_diffusion(folder)
+    encoder, tokenizer = diffusion.text_encoder, diffusion.tokenizer
+    masked = caption_states(encoder, tokenizer, TEXTS, masked=True)
+    torch.testing.assert_close(masked, diffusion.encode_captions(TEXTS))
+    assert not torch.allclose(masked, caption_states(encoder, tokenizer, TEXTS, masked=False))
 
 
 @torch.no_grad()

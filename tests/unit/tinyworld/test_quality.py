@@ -1,8 +1,12 @@
+import json
+import re
+
 import pytest
 
 from minigpt4.errors import InputError
 from minigpt5.predictions import Prediction, PredictionStore
 from minigpt5.tinyworld.__main__ import main
+from minigpt5.tinyworld.overview import SHOWN, write_overview
 from minigpt5.tinyworld.quality import score_folder
 from minigpt5.tinyworld.renderer import render
 from minigpt5.tinyworld.scenes import Scene, Thing, seeded
@@ -71,11 +75,13 @@ def test_a_picture_that_nobody_wanted_is_the_wrong_modality(tmp_path):
     assert found == {"modality": (1, 2)}
 
 
-def test_the_command_prints_each_share_and_fails_below_a_floor(tmp_path, capsys):
+def test_the_command_prints_each_share_and_can_fail_below_a_floor(tmp_path, capsys):
     store(tmp_path / "good", "cc3m", ("caption", "", WANTED, WANTED, None))
     store(tmp_path / "bad", "cc3m", ("caption", "", WANTED, Scene((RING,), "snow"), None))
     assert main(["score", str(tmp_path / "good")]) == 0
-    assert main(["score", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
+    assert main(["score", "--check", str(tmp_path / "good")]) == 0
+    capsys.readouterr()
+    assert main(["score", "--check", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
     printed = capsys.readouterr()
     assert "shape and colour of its main thing" in printed.out
     assert printed.err == f"floors not met: {tmp_path / 'bad'}: shape_and_colour\n"
@@ -84,3 +90,32 @@ def test_the_command_prints_each_share_and_fails_below_a_floor(tmp_path, capsys)
 def test_a_folder_without_predictions_is_refused(tmp_path):
     with pytest.raises(InputError, match="no predictions"):
         score_folder(tmp_path)
+
+
+def test_the_page_shows_every_data_sets_shares_and_replies_with_pictures_that_are_there(tmp_path):
+    store(tmp_path / "out" / "a", "cc3m", ("caption", "[IMG0] [IMG1]", WANTED, WANTED, None))
+    story = ("understanding", "it turns <b>blue</b> .", None, None, WANTED)
+    store(tmp_path / "out" / "b", "vist", *[story] * 20, ("multimodal", "it turns red .", WANTED, WANTED, None))
+    page = tmp_path / "out" / "page.html"
+    folders = [str(tmp_path / "out" / name) for name in "ab"]
+    assert main(["score", *folders, "--page", str(page)]) == 0
+    html = page.read_text()
+    links = re.findall('src="([^"]+)"', html)
+    assert len(links) == 2 + 2
+    assert all((page.parent / link).is_file() for link in links)
+    assert html.count("<article>") == 1 + SHOWN
+    assert "it turns red ." in html
+    assert "it turns &lt;b&gt;blue&lt;/b&gt; ." in html
+    assert "85% not reached" in html
+
+
+def test_a_prompts_pictures_stand_in_their_places(tmp_path):
+    store(tmp_path / "a", "vist", ("understanding", "", None, None, WANTED))
+    path = tmp_path / "a" / "predictions.jsonl"
+    line = json.loads(path.read_text()) | {"prompt": "system###Human:it <i> moves .<Img><ImageHere></Img> why"}
+    path.write_text(json.dumps(line) + "\n")
+    write_overview(tmp_path / "page.html", [tmp_path / "a"])
+    prompt = re.search('class="prompt">(.*?)</p>', (tmp_path / "page.html").read_text())[1]
+    assert re.fullmatch(
+        r"system<br><b>Human:</b>it &lt;i&gt; moves \.<img [^>]*a/images/0_in\.png[^>]*> why", prompt
+    )

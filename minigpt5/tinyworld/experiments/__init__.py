@@ -1,0 +1,1 @@
+"""The paper's comparisons, rerun on the tiny world."""

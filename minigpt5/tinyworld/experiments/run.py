@@ -1,0 +1,98 @@
+"""The command: find what is missing, do it, and write the report."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from minigpt4.errors import InputError
+from minigpt5.tinyworld.experiments.comparisons import COMPARISONS, Comparison, Sizes
+from minigpt5.tinyworld.experiments.jobs import Job, JobsInterrupted, run_jobs
+from minigpt5.tinyworld.experiments.plan import Cell, Plan, Prediction, write_data
+from minigpt5.tinyworld.experiments.report import write_report
+from minigpt5.tinyworld.experiments.work import measure_cells, train
+
+FAILED = 1
+"""Exit code."""
+
+
+def run_experiments(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    sizes: Sizes,
+    command: str,
+    seeds: int | None = None,
+    jobs: int = 1,
+    comparisons: Mapping[str, Comparison] = COMPARISONS,
+) -> int:
+    """Run comparisons, those cells that have no valid result yet, and write the report of all of them.
+
+    Args:
+        folder: for data, checkpoints, predictions, results and report; made if missing.
+        names: comparisons to run; empty: all.
+        sizes: of data and trainings.
+        command: shown in the report.
+        seeds: replaces every comparison's own number of seeds.
+        jobs: trainings and predictions at once.
+        comparisons: what the names stand for.
+
+    Returns:
+        0, or 1 if a cell has no result.
+
+    Raises:
+        InputError: an unknown name.
+        KeyboardInterrupt: on Ctrl-C, after the report of what is there.
+    """
+    if unknown := sorted(set(names) - set(comparisons)):
+        raise InputError(f"--only {' '.join(unknown)}: no such comparison; there are {', '.join(comparisons)}")
+    plan = Plan(folder.resolve(), sizes)
+    wanted = [comparison for name, comparison in comparisons.items() if not names or name in names]
+    cells = {one.name: plan.cells(one, seeds or one.seeds) for one in wanted}
+    waiting = [cell for group in cells.values() for cell in group if cell.result() is None]
+    total = sum(map(len, cells.values()))
+    print(f"{total} cells, {total - len(waiting)} of them there already", file=sys.stderr)
+    failures: dict[str, str] = {}
+    interruption: JobsInterrupted | None = None
+    if waiting:
+        write_data(plan)
+        try:
+            failures = run_jobs(plan_jobs(waiting, plan.folder / "logs"), jobs)
+        except JobsInterrupted as error:
+            failures, interruption = error.failures, error
+    missing = {
+        cell.name: failures.get(cell.prediction.key, "not run") for cell in waiting if cell.result() is None
+    }
+    report = write_report(plan.folder, cells, wanted, sizes, command, missing)
+    print(f"report: {report}")
+    for name, reason in missing.items():
+        print(f"no result: {name}: {reason}", file=sys.stderr)
+    if interruption is not None:
+        raise interruption
+    return FAILED if missing else 0
+
+
+def plan_jobs(cells: Sequence[Cell], logs: Path) -> list[Job]:
+    """Return the jobs that cells need, each once, however many cells share it, and behind what it needs."""
+    jobs: dict[str, Job] = {}
+    groups: dict[str, list[Cell]] = {}
+    predictions: dict[str, Prediction] = {}
+    for cell in cells:
+        groups.setdefault(cell.prediction.key, []).append(cell)
+        predictions[cell.prediction.key] = cell.prediction
+    for key, prediction in predictions.items():
+        chain = [prediction.training]
+        while chain[0].start is not None:
+            chain.insert(0, chain[0].start)
+        before: str | None = None
+        for training in chain:
+            # What starts from a stage that is trained anew is trained anew too.
+            if before is not None or not training.checkpoint.is_file():
+                job = Job(
+                    training.key, training.name, partial(train, training), logs / f"{training.key}.log", before
+                )
+                before = jobs.setdefault(training.key, job).key
+        work = partial(measure_cells, prediction, groups[key], is_new=before is not None)
+        name = "; ".join(cell.name for cell in groups[key])
+        jobs[key] = Job(key, name, work, logs / f"{key}.log", before)
+    return list(jobs.values())

@@ -1,0 +1,142 @@
+"""The language model again: tokens it has never seen, where a picture belongs, must come to mean that picture.
+
+A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
+of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
+one each and a second one where there are more. Half of each batch is text as before, so that nothing is forgotten.
+Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from minigpt5.tinyworld.pretraining.examples import (
+    BLANK,
+    SYSTEM_SHARE,
+    Example,
+    Maker,
+    PictureWriter,
+    caption_example,
+    dialogue_example,
+    instruction_example,
+    story_example,
+    without_system,
+)
+from minigpt5.tinyworld.pretraining.language import LanguageObjective
+from minigpt5.tinyworld.pretraining.loop import Recipe
+from minigpt5.tinyworld.pretraining.pool import python_random
+from minigpt5.vokens import IGNORE_INDEX
+
+RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+COUNT = 8
+"""Blanks of a picture."""
+_MAKERS: tuple[tuple[Maker, float], ...] = (
+    (caption_example, 0.25),
+    (instruction_example, 0.15),
+    (story_example, 0.35),
+    (dialogue_example, 0.25),
+)
+_NOISE = 0.5
+"""Relative to the deviation of the known rows."""
+
+
+class BlankReader(nn.Module):
+    """A language model, and what only training needs: a blank's second word, behind those of all blanks.
+
+    Args:
+        model: trained.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.second = nn.Linear(model.config.hidden_size, model.config.hidden_size)
+
+    def forward(self, states_PNH: Tensor) -> Tensor:
+        """Return logits of the words of each picture ``[P, 2N, V]``, the second of all blanks behind the first."""
+        return self.model.lm_head(torch.cat([states_PNH, self.second(states_PNH)], dim=1))
+
+
+class BlankObjective:
+    """Loss of one step.
+
+    Args:
+        reader: trained.
+        writer: tokens of examples.
+        recipe: batch size.
+    """
+
+    def __init__(self, reader: BlankReader, writer: PictureWriter, recipe: Recipe) -> None:
+        self.reader, self.model, self.writer = reader, reader.model, writer
+        self.batch_size = max(1, recipe.batch_size // 2)
+        self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
+
+    def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Return the sum of text and word losses, and the share of pictures of which every word is told."""
+        text = self.text(generator)["loss"]
+        examples = self.draw(python_random(generator))
+        ids_BT = self.tokens(examples).to(self.model.device)
+        hidden_BTH = self.model.model(inputs_embeds=self.embed(ids_BT, generator), use_cache=False)[0]
+        rows_P, starts_P = blank_starts(ids_BT)
+        # The state before a blank predicts it.
+        places_PN = starts_P[:, None] - 1 + torch.arange(COUNT, device=ids_BT.device)
+        logits_PXV = self.reader(hidden_BTH[rows_P[:, None], places_PN])
+        words_PX = self.words(examples).to(ids_BT.device)
+        told = F.cross_entropy(logits_PXV.transpose(1, 2), words_PX, ignore_index=IGNORE_INDEX)
+        right_PX = (logits_PXV.argmax(dim=-1) == words_PX) | (words_PX == IGNORE_INDEX)
+        loss = text + self.text_loss(hidden_BTH, ids_BT) + told
+        return {"loss": loss, "text": text, "told": told, "all_told": right_PX.all(dim=1).float().mean()}
+
+    def draw(self, rng: Random) -> list[Example]:
+        """Draw examples of one kind whose replies hold a picture."""
+        ((make, _),) = rng.choices(_MAKERS, weights=[share for _, share in _MAKERS])
+        keeps_system = rng.random() < SYSTEM_SHARE
+        examples: list[Example] = []
+        while len(examples) < self.batch_size:
+            example = make(rng, self.writer.voken_text)
+            if example.outputs:
+                examples.append(example if keeps_system else without_system(example))
+        return examples
+
+    def tokens(self, examples: Sequence[Example]) -> Tensor:
+        """Return ids ``[B, T]`` with :data:`~minigpt5.tinyworld.pretraining.examples.BLANK` for each blank."""
+        rows = [
+            torch.tensor(self.writer.prompt_ids(example) + self.writer.blank_response_ids(example, COUNT))
+            for example in examples
+        ]
+        # Behind a text's end, where causal attention needs no mask.
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.writer.tokenizer.pad_id)
+
+    def words(self, examples: Sequence[Example]) -> Tensor:
+        """Return the ids of each picture's words ``[P, 2N]``, ignored where there are no more."""
+        words = [self.writer.word_ids(scene) for example in examples for scene in example.outputs]
+        return torch.tensor([ids[: 2 * COUNT] + [IGNORE_INDEX] * (2 * COUNT - len(ids)) for ids in words])
+
+    def embed(self, ids_BT: Tensor, generator: torch.Generator) -> Tensor:
+        """Return embeddings ``[B, T, H]``; every blank is the mean row with noise of its own."""
+        rows_VH = self.model.get_input_embeddings().weight
+        noise_BTH = torch.randn(*ids_BT.shape, rows_VH.shape[1], generator=generator).to(rows_VH)
+        blank_BTH = rows_VH.mean(dim=0) + _NOISE * rows_VH.detach().std(dim=0) * noise_BTH
+        known_BTH = F.embedding(ids_BT.clamp(min=0), rows_VH)
+        return torch.where((ids_BT == BLANK)[..., None], blank_BTH, known_BTH)
+
+    def text_loss(self, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
+        """Return the mean cross-entropy over what is neither blank nor padding."""
+        targets_BT = ids_BT[:, 1:].masked_fill(
+            (ids_BT[:, 1:] == BLANK) | (ids_BT[:, 1:] == self.writer.tokenizer.pad_id), IGNORE_INDEX
+        )
+        logits_BTV = self.model.lm_head(hidden_BTH[:, :-1])
+        return F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORE_INDEX)
+
+
+def blank_starts(ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and position of the first blank of each run, in order."""
+    is_blank_BT = ids_BT == BLANK
+    before_BT = F.pad(is_blank_BT[:, :-1], (1, 0))
+    rows_P, starts_P = (is_blank_BT & ~before_BT).nonzero(as_tuple=True)
+    return rows_P, starts_P

@@ -1,0 +1,70 @@
+"""The text encoder again: what stands where must be readable from its states by cross-attention, as a UNet reads.
+
+The contrastive loss shapes only the state that pools a caption; here the text encoder learns to be read.
+Shapes: B captions, Q text positions, E text width.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from minigpt5.data.cc3m import clean_caption
+from minigpt5.diffusion import CaptionTokenizer
+from minigpt5.tinyworld.captions import caption
+from minigpt5.tinyworld.pretraining.examples import any_scene
+from minigpt5.tinyworld.pretraining.loop import Recipe
+from minigpt5.tinyworld.pretraining.pool import python_random
+from minigpt5.tinyworld.pretraining.reader import SceneReader, reading_loss
+
+RECIPE = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, warmup_steps=200)
+
+
+class CaptionReader(nn.Module):
+    """A text encoder and what reads its states.
+
+    Args:
+        text_encoder: trained.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.reader = SceneReader(text_encoder.config.hidden_size)
+
+
+class ReadingObjective:
+    """Loss of one step.
+
+    Args:
+        reader: trained.
+        tokenizer: of its text encoder.
+        recipe: batch size.
+    """
+
+    def __init__(self, reader: CaptionReader, tokenizer: CaptionTokenizer, recipe: Recipe) -> None:
+        self.reader, self.tokenizer, self.recipe = reader, tokenizer, recipe
+
+    def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Return the sum of the cross-entropies, and the share of captions of which everything is read right."""
+        rng = python_random(generator)
+        scenes = [any_scene(rng) for _ in range(self.recipe.batch_size)]
+        texts = [caption(scene, rng) for scene in scenes]
+        texts = [clean_caption(text) if rng.random() < 0.5 else text for text in texts]
+        encoder = self.reader.text_encoder
+        states_BQE = caption_states(encoder, self.tokenizer, texts, masked=rng.random() < 0.5)
+        loss, right_B = reading_loss(self.reader.reader(states_BQE), scenes)
+        return {"loss": loss, "read": right_B.float().mean()}
+
+
+def caption_states(
+    text_encoder: CLIPTextModel, tokenizer: CaptionTokenizer, captions: Sequence[str], *, masked: bool
+) -> Tensor:
+    """Return text states ``[B, Q, E]`` without attention mask, as Stable Diffusion's pipeline, or with it.
+
+    The caption loss of MiniGPT-5 aims at the latter, so both should mean the same picture.
+    """
+    inputs = tokenizer.encode_padded(list(captions)).to(text_encoder.device)
+    mask = inputs["attention_mask"] if masked else None
+    return text_encoder(inputs["input_ids"], attention_mask=mask)[0]
