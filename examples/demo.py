@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
-TRAIN, VALIDATION = 1000, 96
-"""Records of each data set."""
+CAPTIONS, OTHERS, VALIDATION = 3000, 800, 48
+"""Training records of stage 1 and of each data set of stage 2; held-out records of each."""
+STAGE1_EPOCHS, STAGE2_STEPS = 10, 500
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Job:
     train_file: str
     validation_file: str
     test_file: str
+    train_flags: tuple[str, ...] = ()
     test_flags: tuple[str, ...] = ()
 
     @property
@@ -50,7 +52,7 @@ class Job:
         """Train on the job's data."""
         files = ["--train_data_path", self.train_file, "--val_data_path", self.validation_file]
         names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
-        flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0"]
+        flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0", *self.train_flags]
         run(flags, self.variables(out, config))
 
     def test(self, out: Path, config: str) -> None:
@@ -64,16 +66,20 @@ class Job:
         return ["--stage1_weight", f"{JOBS[0].name}.ckpt"] if self.is_stage2 else []
 
 
+ONCE_AN_EPOCH = ("--set", "training.val_check_interval=1.0")
+STAGE1 = ("--num_train_epochs", str(STAGE1_EPOCHS), *ONCE_AN_EPOCH)
+STAGE2 = ("--max_steps", str(STAGE2_STEPS), "--learning_rate", "1e-3", *ONCE_AN_EPOCH)
 STORY_TASKS = ("--set", "data.tasks=[generation, multimodal, understanding]")
 JOBS = (
-    Job("stage1_cc3m", "CC3M", "cc3m_train.tsv", "cc3m_val.tsv", "cc3m_val.tsv"),
-    Job("stage2_vist", "VIST", "train_cleaned.json", "val_cleaned.json", "val_cleaned.json", STORY_TASKS),
+    Job("stage1_cc3m", "CC3M", "cc3m_train.tsv", "cc3m_val.tsv", "cc3m_val.tsv", STAGE1),
+    Job("stage2_vist", "VIST", "train_cleaned.json", "val_cleaned.json", "val_cleaned.json", STAGE2, STORY_TASKS),
     Job(
         "stage2_mmdialog",
         "MMDialog",
         "train/train_conversations.txt",
         "validation/validation_conversations.txt",
         "test/test_conversations.txt",
+        STAGE2,
     ),
 )
 
@@ -101,15 +107,18 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it writes")
-    parser.add_argument("--train", type=int, default=TRAIN, help="training records a data set")
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="training records of stage 1")
+    parser.add_argument("--train", type=int, default=OTHERS, help="training records of each stage-2 data set")
     parser.add_argument("--val", type=int, default=VALIDATION, help="held-out records a data set")
     parser.add_argument("--config", default="config/tiny.yaml", help="configuration of every command")
     options = parser.parse_args()
     started = time.monotonic()
     folder = options.out.resolve()
     fresh_folder(folder)
-    sizes = ["--train", str(options.train), "--val", str(options.val), "--test", str(options.val), "--seed", "0"]
-    run(["-m", "minigpt5.tinyworld", "data", "--out", str(folder / "datasets"), *sizes], {})
+    data = ["-m", "minigpt5.tinyworld", "data", "--out", str(folder / "datasets"), "--seed", "0"]
+    held_out = ["--val", str(options.val), "--test", str(options.val)]
+    run([*data, "--datasets", "cc3m", "--train", str(options.captions), *held_out], {})
+    run([*data, "--datasets", "vist", "mmdialog", "--train", str(options.train), *held_out], {})
     for job in JOBS:
         job.train(folder, options.config)
     for job in JOBS:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minigpt4.backbone import LoadedBackbone, load_backbone
 from minigpt4.config import BackboneConfig, LanguageModelConfig
@@ -55,7 +56,7 @@ from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
 from minigpt5.tinyworld.pretraining.vision import (
     SIGHT_RECIPE,
     Eyes,
-    EyesReader,
+    PictureReader,
     SightObjective,
     VisionObjective,
 )
@@ -131,9 +132,7 @@ def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     encode = caption_ids(load_clip_tokenizer(place.folder / "sd" / "tokenizer"))
     objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
     measured = train("clip", pair, objective, recipe, place)
-    pair.to("cpu")
-    save_half(models.text_encoder, place.folder / "sd" / "text_encoder")
-    _save_eyes(place, Eyes(models.vision, models.qformer, models.projection))
+    save_half(models.text_encoder.to("cpu"), place.folder / "sd" / "text_encoder")
     return measured
 
 
@@ -186,22 +185,37 @@ def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     return measured
 
 
+def _train_sight(place: Place, recipe: Recipe, pool_size: int) -> Measured:
+    models = _fresh(place)
+    measured = _learn_to_see("sight", models.vision, VISION.hidden_size, place, recipe, pool_size)
+    _save_eyes(place, Eyes(models.vision, models.qformer, models.projection))
+    return measured
+
+
 def _train_eyes(place: Place, recipe: Recipe, pool_size: int) -> Measured:
-    backbone = load_folder_backbone(place.folder).model
-    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection).requires_grad_(True)
+    backbone = load_folder_backbone(place.folder).model.requires_grad_(True)
+    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection)
+    measured = _learn_to_see("eyes", eyes, eyes.projection.out_features, place, recipe, pool_size)
+    _save_eyes(place, eyes)
+    return measured
+
+
+def _learn_to_see(
+    part: str, seer: nn.Module, width: int, place: Place, recipe: Recipe, pool_size: int
+) -> Measured:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(place.seed)
-        reader = EyesReader(eyes).to(place.device)
-    measured = train(
-        "eyes", reader, SightObjective(reader, make_pool(pool_size, place.seed), recipe), recipe, place
-    )
-    _save_eyes(place, eyes.to("cpu"))
+        reader = PictureReader(seer, width).to(place.device)
+    objective = SightObjective(reader, make_pool(pool_size, place.seed), recipe)
+    measured = train(part, reader, objective, recipe, place)
+    reader.to("cpu")
     return measured
 
 
 def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
     backbone = load_folder_backbone(place.folder).model.to(place.device)
-    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection).requires_grad_(True)
+    backbone.requires_grad_(True)
+    eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
     objective = VisionObjective(eyes, backbone.language_model, writer, recipe)
     measured = train("vision", eyes, objective, recipe, place)
@@ -238,7 +252,8 @@ PARTS: dict[str, Part] = {
     "text": Part(("clip",), TEXT_RECIPE, _train_text),
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
     "blanks": Part(("language",), BLANK_RECIPE, _train_blanks),
-    "eyes": Part(("clip",), SIGHT_RECIPE, _train_eyes),
+    "sight": Part((), SIGHT_RECIPE, _train_sight),
+    "eyes": Part(("sight",), SIGHT_RECIPE, _train_eyes),
     "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }

@@ -1,8 +1,9 @@
 """Eyes for the language model: ViT, Q-Former and projection learn to see, then to make the frozen model reply.
 
-First, in the place of BLIP-2's representation learning, what a picture shows must be readable from what stands for
-it. Then, as MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In
-the rest pictures stand in stories and dialogues, where the language model has so far read them in words.
+First the ViT, then the Q-Former learn to hold what a picture shows, so that it can be read from their states. That
+is in the place of EVA-CLIP's and BLIP-2's representation learning, which would take many more pictures. Then, as
+MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
+pictures stand in stories and dialogues, where the language model has so far read them in words.
 Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels.
 """
 
@@ -34,35 +35,38 @@ from minigpt5.tinyworld.renderer import render
 from minigpt5.vokens import IGNORE_INDEX
 
 SIGHT_RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
-RECIPE = Recipe(steps=2500, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
 _DESCRIBE_SHARE = 0.8
 _STORY_SCALE = 0.25
 """Batch of stories and dialogues, relative to the recipe's."""
 
 
 class Eyes(nn.Module):
-    """What the part trains: pictures → what stands for them in a prompt."""
+    """Pictures → what stands for them in a prompt. Q-Former and projection train, the ViT stays frozen."""
 
     def __init__(self, vision: VisionEncoder, qformer: QFormer, projection: nn.Linear) -> None:
         super().__init__()
         self.vision, self.qformer, self.projection = vision, qformer, projection
+        # As in BLIP-2; what follows it begins at random, and its first gradients would blind the ViT.
+        vision.requires_grad_(False)
 
     def forward(self, pixels_P3SS: Tensor) -> Tensor:
         """Return ``[P, L, H]`` for normalised pictures."""
         return self.projection(self.qformer(self.vision(pixels_P3SS)))
 
 
-class EyesReader(nn.Module):
-    """Eyes and what reads their states.
+class PictureReader(nn.Module):
+    """What sees, and what reads its states.
 
     Args:
-        eyes: trained.
+        seer: normalised pictures → states; trained.
+        width: of the states.
     """
 
-    def __init__(self, eyes: Eyes) -> None:
+    def __init__(self, seer: nn.Module, width: int) -> None:
         super().__init__()
-        self.eyes = eyes
-        self.reader = SceneReader(eyes.projection.out_features)
+        self.seer = seer
+        self.reader = SceneReader(width)
 
 
 class SightObjective:
@@ -74,15 +78,15 @@ class SightObjective:
         recipe: batch size.
     """
 
-    def __init__(self, reader: EyesReader, pool: Pool, recipe: Recipe) -> None:
+    def __init__(self, reader: PictureReader, pool: Pool, recipe: Recipe) -> None:
         self.reader, self.pool, self.recipe = reader, pool, recipe
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Return the sum of the cross-entropies, and the share of pictures of which everything is read right."""
         numbers = self.pool.draw(generator, self.recipe.batch_size)
         pixels_P3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
-        device = self.reader.eyes.projection.weight.device
-        found = self.reader.reader(self.reader.eyes(pixels_P3SS.to(device)))
+        pixels_P3SS = pixels_P3SS.to(self.reader.reader.background.weight.device)
+        found = self.reader.reader(self.reader.seer(pixels_P3SS))
         loss, right_P = reading_loss(found, [self.pool.scenes[number] for number in numbers])
         return {"loss": loss, "read": right_P.float().mean()}
 

@@ -73,8 +73,8 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
     }
     expected = {"vae": {"sd"}, "text": {"sd"}, "unet": {"sd"}, "language": {"llama"}, "blanks": {"llama"}}
     eyes = {"eva_vit.pth", "blip2_qformer.pth"}
-    expected |= {"scorer": {"clip"}, "clip": {"sd", *eyes}, "vision": {"minigpt4.pth", *eyes}}
-    expected["eyes"] = expected["vision"]
+    expected |= {"scorer": {"clip"}, "clip": {"sd"}, "vision": {"minigpt4.pth", *eyes}}
+    expected |= {"sight": eyes, "eyes": expected["vision"]}
     assert changed - {"pretraining"} == expected[name]
 
 
