@@ -17,6 +17,8 @@ from minigpt5.tinyworld.quality import MEANINGS, Share, score_folder
 
 SHOWN = 12
 """Replies of a data set on the page, spread over its tasks."""
+_BEGINNING = "<s>"
+"""Decoded replies begin with it, as published."""
 _TITLES = {
     "cc3m": "Captions to pictures (CC3M-like, stage 1)",
     "vist": "Stories that go on in words and pictures (VIST-like, stage 2)",
@@ -140,7 +142,7 @@ def _reply(prediction: Prediction, folder: Path, page: Path) -> str:
 
 
 def _words(text: str) -> str:
-    words = show_vokens(text).replace(prompts.STOP, "").strip()
+    words = show_vokens(text).removeprefix(_BEGINNING).strip()
     return f"<p>{escape(words)}</p>" if words else ""
 
 

@@ -93,7 +93,7 @@ def test_a_folder_without_predictions_is_refused(tmp_path):
 
 
 def test_the_page_shows_every_data_sets_shares_and_replies_with_pictures_that_are_there(tmp_path):
-    store(tmp_path / "out" / "a", "cc3m", ("caption", "[IMG0] [IMG1]", WANTED, WANTED, None))
+    store(tmp_path / "out" / "a", "cc3m", ("caption", "<s> [IMG0] [IMG1]", WANTED, WANTED, None))
     story = ("understanding", "it turns <b>blue</b> .", None, None, WANTED)
     store(tmp_path / "out" / "b", "vist", *[story] * 20, ("multimodal", "it turns red .", WANTED, WANTED, None))
     page = tmp_path / "out" / "page.html"
@@ -105,6 +105,7 @@ def test_the_page_shows_every_data_sets_shares_and_replies_with_pictures_that_ar
     assert all((page.parent / link).is_file() for link in links)
     assert html.count("<article>") == 1 + SHOWN
     assert "it turns red ." in html
+    assert "&lt;s&gt;" not in html
     assert "it turns &lt;b&gt;blue&lt;/b&gt; ." in html
     assert "85% not reached" in html
 
