@@ -3,19 +3,23 @@
 Only the sampler differs between the rows, so captions go straight to the text encoder.
 """
 
+from dataclasses import replace
 from statistics import fmean
+from typing import Literal
 
 from benchmarks import worlds
 from benchmarks.harness import Report
-from minigpt5.config import GenerationConfig, Stage
+from minigpt5.config import Stage
 from minigpt5.model import MiniGPT5
 from minigpt5.tinyworld.captions import caption
+from minigpt5.tinyworld.pretraining.evaluate import default_sampling
 from minigpt5.tinyworld.recogniser import compare
 from minigpt5.tinyworld.scenes import Scene, random_scene, seeded
 
 PICTURES = 96
 BATCH_SIZE = 32
 DEFAULT_STEPS = (50, 20)
+Scheduler = Literal["default", "dpm++"]
 
 
 def measure_schedulers(report: Report, faster_steps: tuple[int, ...]) -> None:
@@ -44,9 +48,9 @@ def _wanted(seed: int) -> list[tuple[str, Scene, str]]:
 
 
 def _accuracy(
-    model: MiniGPT5, wanted: list[tuple[str, Scene, str]], scheduler: str, steps: int, seed: int
+    model: MiniGPT5, wanted: list[tuple[str, Scene, str]], scheduler: Scheduler, steps: int, seed: int
 ) -> float:
-    config = GenerationConfig(scheduler=scheduler, num_inference_steps=steps, seed=seed)  # type: ignore[arg-type]
+    config = replace(default_sampling(), scheduler=scheduler, num_inference_steps=steps, seed=seed)
     shares = []
     for start in range(0, len(wanted), BATCH_SIZE):
         chunk = wanted[start : start + BATCH_SIZE]
