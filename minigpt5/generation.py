@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TopPLogitsWarper,
@@ -217,11 +218,8 @@ def decode(
         prefix: trained keys and values in front of every prompt, also of its padding.
         trace: keep every step's last state and scores.
     """
-    device = embeds[0].device
     hidden_BWH, mask_BT = _pad_left(embeds)
-    cache = new_cache(language_model.config)
-    if prefix is not None:
-        prefix.fill(cache, len(embeds), hidden_BWH.dtype)
+    cache = _start_cache(language_model, prefix, hidden_BWH)
     ahead = cache.get_seq_length()
     mask_BT = F.pad(mask_BT, (ahead, 0), value=1)
     replies = [_Reply(tokenizer.bos_id, ids, config, stops) for _ in embeds]
@@ -240,8 +238,7 @@ def decode(
         if choosing:
             states_CH = states_BWH[choosing, -1]
             banned = ids.first if config.images == "never" else None
-            chosen = [replies[row] for row in choosing]
-            drawn = [generators[row] for row in choosing]
+            chosen, drawn = [replies[row] for row in choosing], [generators[row] for row in choosing]
             _choose_tokens(chosen, states_CH, head(states_CH), drawn, config, banned, tokenizer.eos_id, trace)
         active = [reply for reply in replies if reply.active]
         if not active:
@@ -250,8 +247,16 @@ def decode(
         # same states.
         width = min(len(reply.queue) for reply in active)
         inputs = [reply.take(width) if reply.active else [tokenizer.pad_id] * width for reply in replies]
-        hidden_BWH = embed(torch.tensor(inputs, device=device)).to(hidden_BWH.dtype)
+        hidden_BWH = embed(torch.tensor(inputs, device=hidden_BWH.device)).to(hidden_BWH.dtype)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(replies), width)], dim=1)
+
+
+def _start_cache(language_model: LlamaForCausalLM, prefix: Prefix | None, hidden_BTH: Tensor) -> Cache:
+    """Return a cache that holds the prefix, if there is one, for each of B prompts."""
+    cache = new_cache(language_model.config)
+    if prefix is not None:
+        prefix.fill(cache, len(hidden_BTH), hidden_BTH.dtype)
+    return cache
 
 
 def _choose_tokens(
