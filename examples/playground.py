@@ -64,13 +64,15 @@ def main(argv: Sequence[str]) -> None:
 
     from minigpt5.conversation import Conversation
     from minigpt5.images import open_picture
-    from minigpt5.runs import open_model
 
     pictures = [open_picture(path) for path in (own.images if own.prompt else STORY_PICTURES)]
     try:
         prompt = Conversation().ask(own.prompt or STORY, pictures)
     except ValueError as error:
         raise InputError(f"--prompt: {error}") from None
+
+    from minigpt5.runs import open_model
+
     model = open_model(config)
     own.out.mkdir(parents=True, exist_ok=True)
     for number in range(own.replies):

@@ -3,7 +3,7 @@
 import re
 from random import Random
 
-from minigpt5.tinyworld.scenes import COLOURS, Scene, Thing
+from minigpt5.tinyworld.scenes import COLOURS, POSITIONS, Scene, Thing, grid_cell
 
 Words = dict[str, tuple[str, ...]]
 
@@ -36,6 +36,10 @@ BACKGROUND_PHRASES: Words = {
     "sand": ("on the sand", "on the beach"),
     "snow": ("on the snow", "in the snow"),
 }
+MOST_THINGS = 2
+_ROWS, _COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
+_NOTHING = ". . . . ."
+SEEN_WORDS = 1 + MOST_THINGS * len(_NOTHING.split())
 _ONE_THING = (
     "{thing} {place} {ground} .",
     "{thing} {ground} , {place} .",
@@ -79,8 +83,22 @@ def article(words: str) -> str:
 
 def plain_words(scene: Scene) -> str:
     """Return a scene's attributes in a fixed order and without synonyms: "night big red star upper left"."""
-    things = (f"{thing.size} {thing.colour} {thing.shape} {thing.position}" for thing in scene.things)
-    return " ".join((scene.background, *things))
+    return " ".join((scene.background, *(_plain_thing(thing) for thing in scene.things)))
+
+
+def seen_words(scene: Scene) -> str:
+    """Return what a picture alone tells: plain words, things in reading order, dots for a second one that is not.
+
+    Always :data:`SEEN_WORDS` words.
+    """
+    things = sorted(scene.things, key=lambda thing: POSITIONS.index(thing.position))
+    words = [scene.background, *(_plain_thing(thing) for thing in things)]
+    return " ".join(words + [_NOTHING] * (MOST_THINGS - len(things)))
+
+
+def _plain_thing(thing: Thing) -> str:
+    row, column = grid_cell(thing.position)
+    return f"{thing.size} {thing.colour} {thing.shape} {_ROWS[row]} {_COLUMNS[column]}"
 
 
 def read_attributes(text: str) -> dict[str, str]:

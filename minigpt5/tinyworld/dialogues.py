@@ -1,11 +1,12 @@
 """Conversations of two speakers about pictures, with pictures from both.
 
 The published prompts keep about one exchange (two turns) of history, so each exchange here needs no more than the
-exchange before it: a question or a change refers to a picture of the last exchange or of its own.
+exchange before it: a question or a change refers to a picture of the last exchange or of its own. Whether a turn
+shows a picture, and which, follows from the turns before it; only the first turn shows one of its own accord.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from minigpt5.tinyworld.captions import (
@@ -16,11 +17,14 @@ from minigpt5.tinyworld.captions import (
     article,
     noun_phrase,
 )
-from minigpt5.tinyworld.events import Event, describe_event, random_event
+from minigpt5.tinyworld.events import Event, random_event
 from minigpt5.tinyworld.scenes import COLOURS, SHAPES, Scene, random_scene, seeded
 
 MAX_TURN_WORDS = 20
 """The published reader ends a training conversation at the first longer turn."""
+_WISH_SHARE = 0.25
+"""Answers that end with a wish, which the next turn fulfils."""
+_QUESTION_SHARE = 0.33
 _REQUESTS = ("can you show me {} ?", "please draw {} .", "i would like to see {} .", "show me {} .")
 _HANDOVERS = ("here it is .", "here you are .", "sure .", "of course .", "like this ?")
 _SHOWING = ("look at this .", "this is my picture .", "see what i have .", "here is a picture .")
@@ -48,35 +52,46 @@ class Exchange:
     turns: tuple[Turn, Turn]
     visible: Scene | None
 
+    def with_wish(self, wish: str) -> "Exchange":
+        """Return the exchange with a wish at the end of its answer."""
+        turn, answer = self.turns
+        return replace(self, turns=(turn, replace(answer, text=f"{answer.text} {wish}")))
+
 
 def make_dialogue(seed: int, split: str, index: int) -> tuple[Turn, ...]:
     """Return four to eight turns, alternating speakers; every pictured scene belongs to the split."""
     rng = seeded(seed, split, "dialogue", index)
-    turns: list[Turn] = []
-    visible: Scene | None = None
-    for _ in range(rng.randint(2, 4)):
-        exchange = _continue(visible, split, rng) if visible else None
-        exchange = exchange or rng.choice(_OPENINGS)(split, rng)
-        turns.extend(exchange.turns)
-        visible = exchange.visible
-    return tuple(turns)
+    exchanges = [rng.choice(_OPENINGS)(split, rng)]
+    for _ in range(rng.randint(1, 3)):
+        visible = exchanges[-1].visible
+        if visible and rng.random() < _WISH_SHARE:
+            exchanges[-1:] = _wish(exchanges[-1], visible, split, rng)
+        else:
+            following = _continue(visible, split, rng) if visible else None
+            exchanges.append(following or _request_picture(split, rng))
+    return tuple(turn for exchange in exchanges for turn in exchange.turns)
+
+
+def _wish(exchange: Exchange, visible: Scene, split: str, rng: Random) -> list[Exchange]:
+    """Return the exchange with a wish at its end and the one that fulfils it, or the exchange alone."""
+    event = random_event(visible, split, rng)
+    if event is None:
+        return [exchange]
+    wishing = exchange.with_wish(_request_change(visible, event, rng))
+    if len(wishing.turns[1].text.split()) > MAX_TURN_WORDS:
+        return [exchange]
+    fulfilled = Turn(rng.choice(_HANDOVERS), event.after)
+    return [wishing, Exchange((fulfilled, Turn(_praise(event.after, rng))), event.after)]
 
 
 def _continue(visible: Scene, split: str, rng: Random) -> Exchange | None:
-    kind = rng.choice(("question", "request", "request", "tell"))
-    if kind == "question":
+    if rng.random() < _QUESTION_SHARE:
         question, answer = ask(visible, rng)
         return Exchange((Turn(question), Turn(answer)), None)
     event = random_event(visible, split, rng)
     if event is None:
         return None
-    if kind == "request":
-        turns = Turn(_request_change(visible, event, rng)), Turn(rng.choice(_HANDOVERS), event.after)
-    else:
-        turns = (
-            Turn(describe_event(visible, event, rng, it=mention(visible)), event.after),
-            Turn(_praise(event.after, rng)),
-        )
+    turns = Turn(_request_change(visible, event, rng)), Turn(rng.choice(_HANDOVERS), event.after)
     return Exchange(turns, event.after)
 
 

@@ -22,6 +22,7 @@ from minigpt4.qformer import QFormer
 from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
 from minigpt4.vision import VisionEncoder
 from minigpt5.metrics.local import SmallFeatureNetwork, save_compact_clip
+from minigpt5.tinyworld.captions import SEEN_WORDS
 from minigpt5.tinyworld.export import (
     save_diffusion,
     save_language_model,
@@ -40,7 +41,7 @@ from minigpt5.tinyworld.tokenizers import (
 VISION = VisionConfig(
     image_size=PICTURE_SIZE, patch_size=8, hidden_size=96, intermediate_size=256, num_layers=4, num_heads=4
 )
-QFORMER = QFormerConfig(hidden_size=96, intermediate_size=192, num_layers=4, num_heads=4, num_queries=8)
+QFORMER = QFormerConfig(hidden_size=96, intermediate_size=192, num_layers=4, num_heads=4, num_queries=SEEN_WORDS)
 LANGUAGE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 344,
@@ -97,9 +98,9 @@ SCHEDULER: dict[str, Any] = {
 }
 CLIP: dict[str, Any] = {
     "model_cfg": {
-        "embed_dim": 64,
+        "embed_dim": 96,
         "quick_gelu": True,
-        "vision_cfg": {"image_size": PICTURE_SIZE, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+        "vision_cfg": {"image_size": PICTURE_SIZE, "layers": 4, "width": 96, "head_width": 24, "patch_size": 8},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
     },
     "preprocess_cfg": {

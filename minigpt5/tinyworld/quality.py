@@ -60,7 +60,8 @@ class Share:
 def score_folder(folder: Path) -> list[Share]:
     """Measure the predictions of a folder.
 
-    A wanted picture that was not made counts as wrong in everything; of several only the first counts.
+    A wanted picture that was not made counts as wrong in everything; of several only the first counts. What a
+    picture shows is measured where the prompt decides it (:func:`is_determined`).
 
     Args:
         folder: a prediction store over tiny-world data.
@@ -74,7 +75,7 @@ def score_folder(folder: Path) -> list[Share]:
         held = ", ".join(datasets) or "no predictions"
         raise InputError(f"{folder}: holds {held}; predictions of one data set wanted")
     floors = FLOORS.get(datasets[0], {})
-    pictures = [_agreement(folder, one) for one in predictions if one.wants_image]
+    pictures = [_agreement(folder, one) for one in predictions if is_determined(one)]
     found: dict[str, Sequence[bool]] = {
         "shape_and_colour": [one is not None and one.shape and one.colour for one in pictures],
         "all_attributes": [one is not None and one.all for one in pictures],
@@ -89,6 +90,16 @@ def score_folder(folder: Path) -> list[Share]:
     ]
     found["modality"] = [bool(one.images) == one.wants_image for one in predictions]
     return [Share(name, sum(right), len(right), floors.get(name)) for name, right in found.items() if right]
+
+
+def is_determined(prediction: Prediction) -> bool:
+    """Whether a picture is wanted and its prompt decides what it shows.
+
+    Nobody can know a story's next event before it is told, nor what a story begins with that says "look at this .".
+    """
+    if prediction.dataset != "vist":
+        return prediction.wants_image
+    return prediction.task == Task.GENERATION and bool(prediction.input_images)
 
 
 def measure_folder(folder: Path) -> dict[str, float]:
@@ -107,7 +118,7 @@ def _agreement(folder: Path, prediction: Prediction) -> Agreement | None:
 def _both_things(folder: Path, predictions: Sequence[Prediction]) -> list[bool]:
     right = []
     for prediction in predictions:
-        if not prediction.wants_image:
+        if not is_determined(prediction):
             continue
         wanted = recognise(_open(folder, prediction.target_images[0]))
         if len(wanted.things) == 2:

@@ -1,4 +1,6 @@
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +15,12 @@ def _fail(_):
 def test_input_errors_are_one_line_and_exit_2(capsys):
     assert run_command(_fail, []) == 2
     assert capsys.readouterr().err == "error: --flag x: no such thing; give y\n"
+
+
+def test_libraries_for_other_runs_say_nothing_on_the_error_stream():
+    code = "from minigpt5.cli import run_command; run_command(lambda _: __import__('peft') and None, [])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_debug_keeps_the_traceback():

@@ -1,7 +1,8 @@
 """Two contrastive pairs: the vision encoder with Stable Diffusion's text encoder, and open_clip's CLIP for scores.
 
 The first pair gives the language side its eyes (EVA-CLIP) and the diffusion model its frozen text encoder; the
-second only scores, and shares nothing with the first.
+second only scores, and shares nothing with the first. What stands in which cell must also be readable from the
+second's joint vectors, by the same matrix from pictures and texts: so few pictures teach a contrast alone little.
 Shapes: B pictures and captions, T tokens, S patches and the class token, D vision width, E text width, J joint.
 """
 
@@ -21,9 +22,10 @@ from minigpt5.diffusion import CaptionTokenizer
 from minigpt5.images import CLIP_MEAN, CLIP_STD
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
+from minigpt5.tinyworld.pretraining.reader import JointReader, reading_loss
 
 RECIPE = Recipe(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
-SCORER_RECIPE = RECIPE
+SCORER_RECIPE = Recipe(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 _LARGEST_LOGIT_SCALE = math.log(100)
 """Both as in CLIP (arXiv 2103.00020, section 2.5)."""
@@ -48,11 +50,10 @@ class VisionTextPair(nn.Module):
         self.text_head = nn.Linear(text_encoder.config.hidden_size, joint, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(_FIRST_LOGIT_SCALE))
 
-    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Tensor:
-        """Return the contrastive loss of normalised pictures and their captions."""
+    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return joint vectors ``[B, J]`` of normalised pictures and of their captions."""
         pictures_BJ = self.vision_head(self.vision(pixels_B3SS).mean(dim=1))
-        texts_BJ = self.text_head(self.text_encoder(ids_BT).pooler_output)
-        return contrastive_loss(pictures_BJ, texts_BJ, self.logit_scale)
+        return pictures_BJ, self.text_head(self.text_encoder(ids_BT).pooler_output)
 
 
 class ScorerPair(nn.Module):
@@ -69,11 +70,16 @@ class ScorerPair(nn.Module):
         rows_VE = scorer.token_embedding.weight.data
         scorer.token_embedding = PeriodicEmbedding(token_rows, rows_VE.shape[1])
         scorer.token_embedding.weight.data.copy_(rows_VE[:token_rows])
+        self.reader = JointReader(scorer.text_projection.shape[1])
 
-    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> Tensor:
-        """Return the contrastive loss of normalised pictures and their captions."""
-        texts_BJ = encode_short_text(self.scorer, ids_BT)
-        return contrastive_loss(self.scorer.encode_image(pixels_B3SS), texts_BJ, self.scorer.logit_scale)
+    @property
+    def logit_scale(self) -> Tensor:
+        """Return the logarithm of the scale of the similarities."""
+        return self.scorer.logit_scale
+
+    def forward(self, pixels_B3SS: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return joint vectors ``[B, J]`` of normalised pictures and of their captions."""
+        return self.scorer.encode_image(pixels_B3SS), encode_short_text(self.scorer, ids_BT)
 
     def finished(self) -> nn.Module:
         """Return the trained CLIP."""
@@ -141,9 +147,16 @@ class ContrastiveObjective:
         self.pair, self.encode, self.pool, self.recipe = pair, encode, pool, recipe
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the loss."""
+        """Return the contrastive loss, and for the scorer the sum with what is read from pictures and from texts."""
         numbers = self.pool.draw_groups(generator, self.recipe.batch_size)
         pixels_B3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
         ids_BT = self.encode(self.pool.captions(numbers, generator))
         device = next(self.pair.parameters()).device
-        return {"loss": self.pair(pixels_B3SS.to(device), ids_BT.to(device))}
+        pictures_BJ, texts_BJ = self.pair(pixels_B3SS.to(device), ids_BT.to(device))
+        contrast = contrastive_loss(pictures_BJ, texts_BJ, self.pair.logit_scale)
+        if not isinstance(self.pair, ScorerPair):
+            return {"loss": contrast}
+        scenes = [self.pool.scenes[number] for number in numbers]
+        seen, _ = reading_loss(self.pair.reader(pictures_BJ), scenes)
+        told, _ = reading_loss(self.pair.reader(texts_BJ), scenes)
+        return {"loss": contrast + seen + told, "contrast": contrast, "seen": seen, "told": told}

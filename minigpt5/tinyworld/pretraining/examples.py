@@ -11,7 +11,7 @@ from minigpt5.data import mmdialog, vist
 from minigpt5.data.cc3m import clean_caption
 from minigpt5.data.index import ReadOptions
 from minigpt5.data.types import Sample, Split, Task
-from minigpt5.tinyworld.captions import caption, plain_words
+from minigpt5.tinyworld.captions import caption, plain_words, seen_words
 from minigpt5.tinyworld.dialogues import make_dialogue
 from minigpt5.tinyworld.scenes import Scene, random_scene
 from minigpt5.tinyworld.stories import make_story
@@ -105,8 +105,9 @@ def without_system(example: Example) -> Example:
 
 
 class PictureWriter:
-    """Tokens of examples with every picture written out in words: ``<Img>night big red star top</Img>``.
+    """Tokens of examples with every picture written out in words: ``<Img>night big red star upper left</Img>``.
 
+    A prompt's picture is always written in as many words, as one that is seen takes always as many tokens.
     A language model that has read such text knows what a picture's place holds before it has seen one.
 
     Args:
@@ -124,7 +125,7 @@ class PictureWriter:
         scenes = iter(example.inputs)
         ids = [self.tokenizer.bos_id]
         for index in self.tokenizer.encode(example.prompt):
-            ids += self.word_ids(next(scenes)) if index == self.ids.picture else [index]
+            ids += self.seen_ids(next(scenes)) if index == self.ids.picture else [index]
         return ids
 
     def response_ids(self, example: Example) -> list[int]:
@@ -153,6 +154,10 @@ class PictureWriter:
     def word_ids(self, scene: Scene) -> list[int]:
         """Return the ids of a scene's plain words."""
         return self.tokenizer.encode(plain_words(scene))
+
+    def seen_ids(self, scene: Scene) -> list[int]:
+        """Return the ids of the words that a picture tells, one each."""
+        return self.tokenizer.encode(seen_words(scene))
 
 
 Maker = Callable[[Random, str], Example]

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from minigpt4.backbone import LoadedBackbone, load_backbone
 from minigpt4.config import BackboneConfig, LanguageModelConfig
@@ -52,14 +51,16 @@ from minigpt5.tinyworld.pretraining.unet import RECIPE as UNET_RECIPE
 from minigpt5.tinyworld.pretraining.unet import UnetObjective
 from minigpt5.tinyworld.pretraining.vae import RECIPE as VAE_RECIPE
 from minigpt5.tinyworld.pretraining.vae import VaeObjective, latent_scale
-from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
 from minigpt5.tinyworld.pretraining.vision import (
+    EYES_RECIPE,
     SIGHT_RECIPE,
     Eyes,
+    EyesObjective,
     PictureReader,
     SightObjective,
     VisionObjective,
 )
+from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
 from minigpt5.tinyworld.renderer import PICTURE_SIZE
 
 POOL_SIZE = 12_000
@@ -101,7 +102,17 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
     if missing:
         raise InputError(f"--parts {name}: needs {', '.join(missing)}, not yet pretrained in {place.folder}")
     measured = part.run(place, recipe, pool_size)
+    _forget_built_on(place, name)
     write_record(place, name, {"recipe": asdict(recipe), "seed": place.seed, "pool": pool_size, **measured})
+
+
+def _forget_built_on(place: Place, name: str) -> None:
+    """Remove what is known of the parts that were built on an earlier state of a part: they must be trained anew."""
+    for other, part in PARTS.items():
+        if name in part.needs:
+            place.record_path(other).unlink(missing_ok=True)
+            place.state_path(other).unlink(missing_ok=True)
+            _forget_built_on(place, other)
 
 
 def prepare_folder(place: Place) -> None:
@@ -148,7 +159,9 @@ def _train_text(place: Place, recipe: Recipe, _: int) -> Measured:
 
 
 def _train_scorer(place: Place, recipe: Recipe, pool_size: int) -> Measured:
-    pair = ScorerPair(_fresh(place).clip, CLIP_TOKEN_ROWS).to(place.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        pair = ScorerPair(_fresh(place).clip, CLIP_TOKEN_ROWS).to(place.device)
     encode = scorer_ids(pair.scorer.context_length)
     objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
     measured = train("scorer", pair, objective, recipe, place)
@@ -187,28 +200,24 @@ def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
 
 def _train_sight(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     models = _fresh(place)
-    measured = _learn_to_see("sight", models.vision, VISION.hidden_size, place, recipe, pool_size)
-    _save_eyes(place, Eyes(models.vision, models.qformer, models.projection))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        reader = PictureReader(models.vision, VISION.hidden_size).to(place.device)
+    measured = train(
+        "sight", reader, SightObjective(reader, make_pool(pool_size, place.seed), recipe), recipe, place
+    )
+    _save_eyes(place, Eyes(reader.seer.to("cpu"), models.qformer, models.projection))
     return measured
 
 
 def _train_eyes(place: Place, recipe: Recipe, pool_size: int) -> Measured:
-    backbone = load_folder_backbone(place.folder).model.requires_grad_(True)
+    backbone = load_folder_backbone(place.folder).model.to(place.device)
+    backbone.requires_grad_(True)
     eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection)
-    measured = _learn_to_see("eyes", eyes, eyes.projection.out_features, place, recipe, pool_size)
-    _save_eyes(place, eyes)
-    return measured
-
-
-def _learn_to_see(
-    part: str, seer: nn.Module, width: int, place: Place, recipe: Recipe, pool_size: int
-) -> Measured:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(place.seed)
-        reader = PictureReader(seer, width).to(place.device)
-    objective = SightObjective(reader, make_pool(pool_size, place.seed), recipe)
-    measured = train(part, reader, objective, recipe, place)
-    reader.to("cpu")
+    writer = PictureWriter(load_tokenizer(place.folder / "llama"))
+    pool = make_pool(pool_size, place.seed)
+    measured = train("eyes", eyes, EyesObjective(eyes, backbone.embedding_VH, writer, pool, recipe), recipe, place)
+    _save_eyes(place, eyes.to("cpu"))
     return measured
 
 
@@ -253,8 +262,8 @@ PARTS: dict[str, Part] = {
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
     "blanks": Part(("language",), BLANK_RECIPE, _train_blanks),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
-    "eyes": Part(("sight",), SIGHT_RECIPE, _train_eyes),
-    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision),
+    "eyes": Part(("sight", "blanks"), EYES_RECIPE, _train_eyes),
+    "vision": Part(("eyes",), VISION_RECIPE, _train_vision),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

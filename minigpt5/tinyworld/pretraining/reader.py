@@ -1,7 +1,7 @@
 """Reads a scene from states by cross-attention, as a UNet does: states that can be read so can be drawn from.
 
 Learned queries, one for each cell of the picture and one for the background, attend to the states.
-Shapes: B scenes, S states of one, W their width, G cells and the background, K values of an attribute.
+Shapes: B scenes, S states of one, W their width, G cells (and the background), K values of an attribute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +42,26 @@ class SceneReader(nn.Module):
             "is_there": self.is_there(cells_BGW)[..., 0],
             "background": self.background(ground_BW),
         }
+
+
+class JointReader(nn.Module):
+    """Reads a scene from one vector, by one matrix.
+
+    Args:
+        width: of the vector.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sizes = {"is_there": 1, **{name: len(values) for name, values in _VALUES.items()}}
+        self.cells = nn.Linear(width, len(POSITIONS) * sum(self.sizes.values()))
+        self.background = nn.Linear(width, len(BACKGROUNDS))
+
+    def forward(self, joint_BW: Tensor) -> dict[str, Tensor]:
+        """Return the logits that :class:`SceneReader` returns."""
+        cells_BGK = self.cells(joint_BW).unflatten(1, (len(POSITIONS), -1))
+        found = dict(zip(self.sizes, cells_BGK.split(list(self.sizes.values()), dim=-1), strict=True))
+        return found | {"is_there": found["is_there"][..., 0], "background": self.background(joint_BW)}
 
 
 def reading_loss(found: Mapping[str, Tensor], scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:

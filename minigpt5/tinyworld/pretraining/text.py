@@ -1,10 +1,12 @@
 """The text encoder again: what stands where must be readable from its states by cross-attention, as a UNet reads.
 
-The contrastive loss shapes only the state that pools a caption; here the text encoder learns to be read.
+The contrastive loss shapes only the state that pools a caption; here the text encoder learns to be read, and to say
+the same whatever the words: a caption loss that aims at its states then aims at the picture and not at the wording.
 Shapes: B captions, Q text positions, E text width.
 """
 
 from collections.abc import Mapping, Sequence
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from minigpt5.tinyworld.pretraining.examples import any_scene
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.tinyworld.pretraining.reader import SceneReader, reading_loss
+from minigpt5.tinyworld.scenes import Scene
 
-RECIPE = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, warmup_steps=200)
+RECIPE = Recipe(steps=2500, batch_size=64, learning_rate=1e-3, warmup_steps=200)
 
 
 class CaptionReader(nn.Module):
@@ -47,15 +50,28 @@ class ReadingObjective:
         self.reader, self.tokenizer, self.recipe = reader, tokenizer, recipe
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the sum of the cross-entropies, and the share of captions of which everything is read right."""
+        """Return the loss, its part by wording, and the share of captions of which everything is read right."""
         rng = python_random(generator)
-        scenes = [any_scene(rng) for _ in range(self.recipe.batch_size)]
+        scenes = [any_scene(rng) for _ in range(self.recipe.batch_size // 2)]
+        # Each scene twice, in other words: once as the caption loss reads a caption, once as the pipeline does.
+        pair = [self.states(scenes, rng, masked=masked) for masked in (True, False)]
+        states_BQE = torch.cat(pair)
+        loss, right_B = reading_loss(self.reader.reader(states_BQE), scenes * 2)
+        wording = wording_share(*pair)
+        return {"loss": loss + wording, "wording": wording, "read": right_B.float().mean()}
+
+    def states(self, scenes: Sequence[Scene], rng: Random, *, masked: bool) -> Tensor:
+        """Return text states of fresh captions of the scenes, half of them in the form of CC3M's reader."""
         texts = [caption(scene, rng) for scene in scenes]
         texts = [clean_caption(text) if rng.random() < 0.5 else text for text in texts]
-        encoder = self.reader.text_encoder
-        states_BQE = caption_states(encoder, self.tokenizer, texts, masked=rng.random() < 0.5)
-        loss, right_B = reading_loss(self.reader.reader(states_BQE), scenes)
-        return {"loss": loss, "read": right_B.float().mean()}
+        return caption_states(self.reader.text_encoder, self.tokenizer, texts, masked=masked)
+
+
+def wording_share(first_BQE: Tensor, second_BQE: Tensor) -> Tensor:
+    """Return how much of the variance of the states of two captions a scene is between those two: 0 to about 1."""
+    within = (first_BQE - second_BQE).square().sum() / 2
+    states_BQE = torch.cat([first_BQE, second_BQE])
+    return within / (states_BQE - states_BQE.mean(dim=0)).square().sum() * 2
 
 
 def caption_states(

@@ -1,10 +1,10 @@
 """Eyes for the language model: ViT, Q-Former and projection learn to see, then to make the frozen model reply.
 
-First the ViT, then the Q-Former learn to hold what a picture shows, so that it can be read from their states. That
-is in the place of EVA-CLIP's and BLIP-2's representation learning, which would take many more pictures. Then, as
-MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
+First the ViT learns to hold what a picture shows, so that it can be read from its states; then Q-Former and
+projection learn to tell it in the language model's own words, a query each. That is in the place of EVA-CLIP's and
+BLIP-2's representation learning, which would take many more pictures. Then, as MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
 pictures stand in stories and dialogues, where the language model has so far read them in words.
-Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels.
+Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,12 @@ from minigpt5.tinyworld.pretraining.reader import SceneReader, reading_loss
 from minigpt5.tinyworld.renderer import render
 from minigpt5.vokens import IGNORE_INDEX
 
-SIGHT_RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
-RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
-_DESCRIBE_SHARE = 0.8
+SIGHT_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+EYES_RECIPE = Recipe(steps=3000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=1000, batch_size=32, learning_rate=3e-4, warmup_steps=100, weight_decay=0.05)
+_SHARPNESS = 10.0
+"""Of the softmax over distances to words: two words are about twice their variance apart."""
+_DESCRIBE_SHARE = 0.5
 _STORY_SCALE = 0.25
 """Batch of stories and dialogues, relative to the recipe's."""
 
@@ -70,7 +73,7 @@ class PictureReader(nn.Module):
 
 
 class SightObjective:
-    """Loss of one step of learning to see.
+    """Loss of one step of the ViT's learning to see.
 
     Args:
         reader: trained.
@@ -89,6 +92,36 @@ class SightObjective:
         found = self.reader.reader(self.reader.seer(pixels_P3SS))
         loss, right_P = reading_loss(found, [self.pool.scenes[number] for number in numbers])
         return {"loss": loss, "read": right_P.float().mean()}
+
+
+class EyesObjective:
+    """Loss of one step of Q-Former and projection: query i's output must be the embedding of the picture's word i.
+
+    Args:
+        eyes: trained.
+        words_VH: the language model's embeddings, frozen.
+        writer: words of pictures.
+        pool: pictures.
+        recipe: batch size.
+    """
+
+    def __init__(self, eyes: Eyes, words_VH: Tensor, writer: PictureWriter, pool: Pool, recipe: Recipe) -> None:
+        self.eyes, self.words_VH, self.pool, self.recipe = eyes, words_VH.detach(), pool, recipe
+        self.targets_NL = torch.tensor([writer.seen_ids(scene) for scene in pool.scenes])
+        self.spread = float(self.words_VH.var(dim=0).sum())
+
+    def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Return the loss, the relative squared error, and the share of pictures of which every word is right."""
+        numbers = self.pool.draw(generator, self.recipe.batch_size)
+        pixels_P3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
+        told_PLH = self.eyes(pixels_P3SS.to(self.words_VH.device))
+        targets_PL = self.targets_NL[numbers].to(told_PLH.device)
+        error = (told_PLH - self.words_VH[targets_PL]).square().sum(dim=-1).mean() / self.spread
+        # The nearest word must be the right one: a softmax over squared distances.
+        logits_PLV = -torch.cdist(told_PLH, self.words_VH).square() * (_SHARPNESS / self.spread)
+        right_P = (logits_PLV.argmax(dim=-1) == targets_PL).all(dim=1)
+        loss = error + F.cross_entropy(logits_PLV.transpose(1, 2), targets_PL)
+        return {"loss": loss, "error": error, "told": right_P.float().mean()}
 
 
 class VisionObjective:

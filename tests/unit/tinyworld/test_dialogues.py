@@ -14,7 +14,7 @@ def test_turns_are_short_alternate_in_pairs_and_stay_ascii():
     for turns in DIALOGUES:
         assert len(turns) in (4, 6, 8)
         for turn in turns:
-            assert len(turn.text.split()) < MAX_TURN_WORDS
+            assert len(turn.text.split()) <= MAX_TURN_WORDS
             assert turn.text.isascii()
             assert turn.text == turn.text.lower()
 
@@ -45,6 +45,20 @@ def test_questions_and_changes_refer_to_a_picture_that_the_prompt_still_holds():
                 assert any(turn.scene for turn in history), [turn.text for turn in turns]
                 checked += 1
     assert checked > 200
+
+
+def test_a_picture_is_shown_exactly_where_the_turn_before_asks_for_one():
+    wish = re.compile(
+        r"\b(can you (show|move|make|put|add|remove)|now (make|move|show|add|remove)|please draw|show me"
+        r"|i would like to see|what if)\b"
+    )
+    by_role = [0, 0]
+    for turns in DIALOGUES:
+        for position in range(1, len(turns)):
+            asked = wish.search(turns[position - 1].text) is not None
+            assert asked == (turns[position].scene is not None), [turn.text for turn in turns]
+            by_role[position % 2] += asked
+    assert min(by_role) > 50
 
 
 def test_a_requested_picture_shows_what_was_asked_for():

@@ -8,6 +8,7 @@ import torch
 
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
+from minigpt5.images import CLIP_MEAN, CLIP_STD
 from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
@@ -25,13 +26,19 @@ from minigpt5.tinyworld.pretraining.examples import (
     story_example,
 )
 from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train
-from minigpt5.tinyworld.pretraining.parts import PARTS, load_folder_diffusion, prepare_folder, run_part
+from minigpt5.tinyworld.pretraining.parts import (
+    PARTS,
+    load_folder_backbone,
+    load_folder_diffusion,
+    prepare_folder,
+    run_part,
+)
 from minigpt5.tinyworld.pretraining.pool import GROUP, make_pool
-from minigpt5.tinyworld.pretraining.reader import targets
+from minigpt5.tinyworld.pretraining.reader import JointReader, targets
 from minigpt5.tinyworld.pretraining.run import pretrain
-from minigpt5.tinyworld.pretraining.text import caption_states
+from minigpt5.tinyworld.pretraining.text import caption_states, wording_share
 from minigpt5.tinyworld.pretraining.vae import VaeObjective
-from minigpt5.tinyworld.pretraining.vision import VisionObjective
+from minigpt5.tinyworld.pretraining.vision import EyesObjective, VisionObjective
 from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing, belongs, seeded
 
 CPU = torch.device("cpu")
@@ -147,6 +154,63 @@ def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
     assert not is_done(place, "unet")
 
 
+def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(tmp_path, monkeypatch):
+    place = Place(tmp_path, 0, CPU)
+    runs = []
+    for name, part in PARTS.items():
+        monkeypatch.setitem(
+            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
+        )
+    monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.prepare_folder", lambda place: None)
+    pretrain(list(PARTS), place, scale=1, pool_size=8, jobs=1)
+    place.state_path("eyes").touch()
+    place.state_path("unet").touch()
+    place.record_path("language").unlink()
+    runs.clear()
+    pretrain(list(PARTS), place, scale=1, pool_size=8, jobs=1)
+    assert runs == ["language", "blanks", "eyes", "vision"]
+    assert not place.state_path("eyes").exists()
+    assert place.state_path("unet").exists()
+
+
+def test_other_words_for_the_same_scene_share_their_states():
+    states = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    again = states + 0.01 * torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1))
+    assert wording_share(states, states) == 0
+    assert wording_share(states, again) < 1e-3
+    assert 0.7 < wording_share(states, states.flip(1)) < 1.3
+
+
+def test_eyes_that_tell_every_word_have_no_error(folder, pool):
+    models = load_folder_backbone(folder).model
+    writer = PictureWriter(load_tokenizer(folder / "llama"))
+    rows = models.embedding_VH
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+
+    class Oracle(torch.nn.Module):
+        def forward(self, pixels):
+            numbers = [
+                int((pool.pixels(range(len(pool))) - picture).abs().flatten(1).sum(dim=1).argmin())
+                for picture in pixels * std + mean
+            ]
+            return rows[torch.tensor([writer.seen_ids(pool.scenes[number]) for number in numbers])]
+
+    found = EyesObjective(Oracle(), rows, writer, pool, QUICK)(torch.Generator().manual_seed(0))
+    assert found["told"] == 1
+    assert found["error"] == 0
+    wrong = EyesObjective(lambda pixels: Oracle()(pixels).roll(1, dims=1), rows, writer, pool, QUICK)
+    assert wrong(torch.Generator().manual_seed(0))["told"] == 0
+
+
+def test_the_scorers_vectors_are_read_into_cells_and_background():
+    reader = JointReader(7)
+    found = reader(torch.randn(3, 7))
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    assert shapes == {
+        "is_there": (3, 9), "size": (3, 9, 2), "colour": (3, 9, 8), "shape": (3, 9, 8), "background": (3, 5)
+    }  # fmt: skip
+
+
 def test_pool_holds_training_look_alikes(pool):
     assert len(pool) == 32
     assert all(belongs(scene, "train") for scene in pool.scenes)
@@ -220,8 +284,8 @@ def test_each_blank_tells_a_word_and_a_second_one_where_there_are_more(folder):
     assert words.shape == (2, 2 * COUNT)
     decode = writer.tokenizer.decode
     assert decode([index for index in words[0].tolist() if index >= 0]).split() == plain_words(both).split()
-    assert decode(words[1, :5].tolist()).split() == plain_words(one).split()
-    assert (words[1, 5:] < 0).all()
+    assert decode(words[1, :6].tolist()).split() == plain_words(one).split()
+    assert (words[1, 6:] < 0).all()
 
 
 def test_every_drawn_reply_holds_a_picture_and_the_loss_has_three_terms(folder):

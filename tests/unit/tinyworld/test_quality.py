@@ -20,6 +20,9 @@ def picture(scene):
     return render(scene, seeded(0, "validation", "test"))
 
 
+STORY_PROMPT = Scene((RING,), "sand")
+
+
 def store(folder, dataset, *replies):
     """Write replies (task, text, wanted scene, made scene, shown scene) as a prediction store."""
     predictions = PredictionStore(folder, {})
@@ -68,6 +71,20 @@ def test_a_story_sentence_is_held_against_the_shown_or_the_made_picture(tmp_path
     )
     assert found["text_consistent"] == (2, 3)
     assert found["modality"] == (4, 5)
+
+
+def test_a_storys_pictures_count_where_earlier_pictures_and_a_sentence_tell_what_they_show(tmp_path):
+    other = Scene((RING,), "snow")
+    found = store(
+        tmp_path,
+        "vist",
+        ("generation", "[IMG0]", WANTED, WANTED, STORY_PROMPT),
+        ("generation", "[IMG0]", WANTED, other, STORY_PROMPT),
+        ("generation", "[IMG0]", WANTED, other, None),
+        ("multimodal", "it turns blue . [IMG0]", WANTED, other, STORY_PROMPT),
+    )
+    assert found["all_attributes"] == (1, 2)
+    assert found["modality"] == (4, 4)
 
 
 def test_a_picture_that_nobody_wanted_is_the_wrong_modality(tmp_path):
