@@ -21,7 +21,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         main: takes the arguments and returns an exit code; None counts as 0.
         argv: arguments without the program's name; None takes ``sys.argv[1:]``.
     """
-    # peft imports bitsandbytes where it is installed, which then warns of kernels that only 4-bit layers would use.
+    # peft imports bitsandbytes where it is installed; that warns of kernels which only 4-bit layers would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -147,7 +147,7 @@ class ContrastiveObjective:
         self.pair, self.encode, self.pool, self.recipe = pair, encode, pool, recipe
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the contrastive loss, and for the scorer the sum with what is read from pictures and from texts."""
+        """Return the contrastive loss; for the scorer its sum with the losses of reading pictures and texts."""
         numbers = self.pool.draw_groups(generator, self.recipe.batch_size)
         pixels_B3SS = normalize(self.pool.pixels(numbers), list(CLIP_MEAN), list(CLIP_STD))
         ids_BT = self.encode(self.pool.captions(numbers, generator))
