@@ -95,7 +95,7 @@ def score_folder(folder: Path) -> list[Share]:
 def is_determined(prediction: Prediction) -> bool:
     """Whether a picture is wanted and its prompt decides what it shows.
 
-    Nobody can know a story's next event before it is told, nor what a story begins with that says "look at this .".
+    Nobody can know a story's next event before it is told, nor how a story begins that says "look at this .".
     """
     if prediction.dataset != "vist":
         return prediction.wants_image

@@ -107,7 +107,7 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
 
 
 def _forget_built_on(place: Place, name: str) -> None:
-    """Remove what is known of the parts that were built on an earlier state of a part: they must be trained anew."""
+    """Remove the records of the parts that were built on an earlier state of a part: they are out of date."""
     for other, part in PARTS.items():
         if name in part.needs:
             place.record_path(other).unlink(missing_ok=True)

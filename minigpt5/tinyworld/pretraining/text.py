@@ -1,7 +1,7 @@
 """The text encoder again: what stands where must be readable from its states by cross-attention, as a UNet reads.
 
-The contrastive loss shapes only the state that pools a caption; here the text encoder learns to be read, and to say
-the same whatever the words: a caption loss that aims at its states then aims at the picture and not at the wording.
+The contrastive loss shapes only the state that pools a caption; here the text encoder learns to be read, and to
+say the same whatever the words: a caption loss that aims at its states then aims at the picture, not the wording.
 Shapes: B captions, Q text positions, E text width.
 """
 

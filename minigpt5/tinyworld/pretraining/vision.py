@@ -2,9 +2,11 @@
 
 First the ViT learns to hold what a picture shows, so that it can be read from its states; then Q-Former and
 projection learn to tell it in the language model's own words, a query each. That is in the place of EVA-CLIP's and
-BLIP-2's representation learning, which would take many more pictures. Then, as MiniGPT-4's alignment: the loss is the reply's, given the picture; mostly the reply describes it. In the rest
-pictures stand in stories and dialogues, where the language model has so far read them in words.
-Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels, V vocabulary.
+BLIP-2's representation learning, which would take many more pictures. Then, as MiniGPT-4's alignment: the loss is
+the reply's, given the picture; half of the replies describe it. In the rest pictures stand in stories and
+dialogues, where the language model has so far read them in words.
+Shapes: B examples, T tokens, P pictures, L queries a picture, H language width, S side in pixels, V vocabulary,
+N pictures of the pool.
 """
 
 from collections.abc import Mapping, Sequence
