@@ -1,6 +1,7 @@
 """The whole job at tiny size on a CPU: data, both training stages, replies, scores, one page to look at.
 
-It runs the commands a user would type, and shows each before it runs: ``python examples/demo.py``.
+It runs the commands a user would type, and shows each before it runs: ``python examples/demo.py``. Where two do
+not need each other they run at once, and what they print is kept in ``logs/``.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +55,17 @@ class Job:
         files = ["--train_data_path", self.train_file, "--val_data_path", self.validation_file]
         names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
         flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0", *self.train_flags]
-        run(flags, self.variables(out, config))
+        run(flags, self.variables(out, config), self._log(out) if self.is_stage2 else None)
 
     def test(self, out: Path, config: str) -> None:
         """Reply to the job's held-out records and score the replies."""
         weights = ["--test_weight", f"{self.name}.ckpt", *self._stage1()]
         flags = ["--test_data_path", self.test_file, *weights, "--gpus", "0", *self.test_flags]
-        run(["train_eval.py", *flags], self.variables(out, config))
-        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], self.variables(out, config))
+        run(["train_eval.py", *flags], self.variables(out, config), self._log(out))
+        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], self.variables(out, config), self._log(out))
+
+    def _log(self, out: Path) -> Path:
+        return out / "logs" / f"{self.name}.txt"
 
     def _stage1(self) -> list[str]:
         return ["--stage1_weight", f"{JOBS[0].name}.ckpt"] if self.is_stage2 else []
@@ -84,13 +89,37 @@ JOBS = (
 )
 
 
-def run(arguments: list[str], variables: dict[str, str]) -> None:
-    """Show and run one command below the project's root; stop the demo if it fails."""
-    shown = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    print("\n$", *shown, "python", shlex.join(arguments), flush=True)
-    finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | variables)
-    if finished.returncode != 0:
-        sys.exit(finished.returncode)
+def run(arguments: list[str], variables: dict[str, str], log: Path | None = None) -> None:
+    """Show and run one command below the project's root; with ``log`` what it prints is added to that file.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    print(f"\n$ {shown} python {shlex.join(arguments)}" + (f"  # prints to {log}" if log else ""), flush=True)
+    command, environment = [sys.executable, *arguments], os.environ | variables
+    if log is None:
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run_jobs(out: Path, config: str) -> None:
+    """Train stage 1, then everything else, two jobs at once."""
+    first, *others = JOBS
+    first.train(out, config)
+
+    def finish(job: Job) -> None:
+        if job.is_stage2:
+            job.train(out, config)
+        job.test(out, config)
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(finish, job) for job in (*others, first)]
+        for job in waiting:
+            job.result()
 
 
 def fresh_folder(folder: Path) -> None:
@@ -119,14 +148,15 @@ def main() -> None:
     held_out = ["--val", str(options.val), "--test", str(options.val)]
     run([*data, "--datasets", "cc3m", "--train", str(options.captions), *held_out], {})
     run([*data, "--datasets", "vist", "mmdialog", "--train", str(options.train), *held_out], {})
-    for job in JOBS:
-        job.train(folder, options.config)
-    for job in JOBS:
-        job.test(folder, options.config)
+    run_jobs(folder, options.config)
     stores = [str(folder / "outputs" / job.name) for job in JOBS]
     run(["-m", "minigpt5.tinyworld", "score", *stores, "--page", str(folder / "report.html")], {})
     print(f"\nall in {(time.monotonic() - started) / 60:.1f} minutes; report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        command = shlex.join(error.cmd[1:])
+        sys.exit(f"error: {command}: ended with {error.returncode}; what it printed is above or in logs/")

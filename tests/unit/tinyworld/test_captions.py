@@ -1,6 +1,13 @@
 from random import Random
 
-from minigpt5.tinyworld.captions import article, caption, plain_words, read_attributes
+from minigpt5.tinyworld.captions import (
+    SEEN_WORDS,
+    article,
+    caption,
+    plain_words,
+    read_attributes,
+    seen_words,
+)
 from minigpt5.tinyworld.scenes import Scene, Thing, random_scene, seeded
 
 
@@ -51,6 +58,14 @@ def test_article():
 
 def test_plain_words_name_everything_in_one_order_and_differ_where_scenes_do():
     both = Scene((Thing("circle", "red", "big", "middle"), Thing("ring", "blue", "small", "upper left")), "snow")
-    assert plain_words(both) == "snow big red circle middle small blue ring upper left"
+    assert plain_words(both) == "snow big red circle middle center small blue ring upper left"
     scenes = {random_scene(seeded(0, "train", index), "train", things=1 + index % 2) for index in range(500)}
     assert len({plain_words(scene) for scene in scenes}) == len(scenes)
+
+
+def test_what_a_picture_tells_does_not_show_which_thing_is_the_main_one():
+    circle, ring = Thing("circle", "red", "big", "middle"), Thing("ring", "blue", "small", "upper left")
+    expected = "snow small blue ring upper left big red circle middle center"
+    assert seen_words(Scene((circle, ring), "snow")) == seen_words(Scene((ring, circle), "snow")) == expected
+    assert seen_words(Scene((ring,), "snow")) == "snow small blue ring upper left . . . . ."
+    assert len(expected.split()) == SEEN_WORDS
