@@ -17,9 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
-CAPTIONS, OTHERS, VALIDATION = 3000, 800, 32
+CAPTIONS, OTHERS, VALIDATION = 6000, 800, 32
 """Training records of stage 1 and of each data set of stage 2; held-out records of each."""
-STAGE1_EPOCHS, STAGE2_STEPS = 8, 400
+STAGE1_EPOCHS, STAGE2_STEPS = 4, 400
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tiny world's words: how things and backgrounds are named, in lower-case ASCII, and how to read them back."""
 
 import re
+from dataclasses import replace
 from random import Random
 
 from minigpt5.tinyworld.scenes import COLOURS, POSITIONS, Scene, Thing, grid_cell
@@ -91,9 +92,14 @@ def seen_words(scene: Scene) -> str:
 
     Always :data:`SEEN_WORDS` words.
     """
-    things = sorted(scene.things, key=lambda thing: POSITIONS.index(thing.position))
+    things = in_reading_order(scene).things
     words = [scene.background, *(_plain_thing(thing) for thing in things)]
     return " ".join(words + [_NOTHING] * (MOST_THINGS - len(things)))
+
+
+def in_reading_order(scene: Scene) -> Scene:
+    """Return the scene with its things from top left to bottom right; a picture shows no other order."""
+    return replace(scene, things=tuple(sorted(scene.things, key=lambda thing: POSITIONS.index(thing.position))))
 
 
 def _plain_thing(thing: Thing) -> str:

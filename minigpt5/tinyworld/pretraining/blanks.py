@@ -32,7 +32,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=1500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (

@@ -11,7 +11,7 @@ from minigpt5.data import mmdialog, vist
 from minigpt5.data.cc3m import clean_caption
 from minigpt5.data.index import ReadOptions
 from minigpt5.data.types import Sample, Split, Task
-from minigpt5.tinyworld.captions import caption, plain_words, seen_words
+from minigpt5.tinyworld.captions import caption, in_reading_order, plain_words, seen_words
 from minigpt5.tinyworld.dialogues import make_dialogue
 from minigpt5.tinyworld.scenes import Scene, random_scene
 from minigpt5.tinyworld.stories import make_story
@@ -47,8 +47,8 @@ def any_scene(rng: Random) -> Scene:
 
 
 def describe_example(rng: Random) -> Example:
-    """Ask for the description of a picture."""
-    scene = any_scene(rng)
+    """Ask for the description of a picture, from its top to its bottom."""
+    scene = in_reading_order(any_scene(rng))
     return Example(rng.choice(DESCRIBE), f"{caption(scene, rng)} {prompts.STOP}", (scene,))
 
 

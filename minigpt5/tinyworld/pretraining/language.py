@@ -35,8 +35,8 @@ def _describe(rng: Random, _: str) -> Example:
 
 
 KINDS: tuple[tuple[Maker, float, float], ...] = (
-    (_describe, 0.1, 0.75),
-    (caption_example, 0.15, 1.0),
+    (_describe, 0.15, 0.75),
+    (caption_example, 0.1, 1.0),
     (instruction_example, 0.05, 0.75),
     (story_example, 0.4, 0.5),
     (dialogue_example, 0.3, 0.5),

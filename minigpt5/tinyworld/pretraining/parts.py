@@ -64,6 +64,8 @@ from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
 from minigpt5.tinyworld.renderer import PICTURE_SIZE
 
 POOL_SIZE = 12_000
+_SEEN = 2
+"""Times as many pictures to learn to see from: shapes are the hardest to tell apart."""
 Measured = dict[str, float]
 
 
@@ -204,7 +206,7 @@ def _train_sight(place: Place, recipe: Recipe, pool_size: int) -> Measured:
         torch.manual_seed(place.seed)
         reader = PictureReader(models.vision, VISION.hidden_size).to(place.device)
     measured = train(
-        "sight", reader, SightObjective(reader, make_pool(pool_size, place.seed), recipe), recipe, place
+        "sight", reader, SightObjective(reader, make_pool(_SEEN * pool_size, place.seed), recipe), recipe, place
     )
     _save_eyes(place, Eyes(reader.seer.to("cpu"), models.qformer, models.projection))
     return measured
@@ -215,7 +217,7 @@ def _train_eyes(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     backbone.requires_grad_(True)
     eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
-    pool = make_pool(pool_size, place.seed)
+    pool = make_pool(_SEEN * pool_size, place.seed)
     measured = train("eyes", eyes, EyesObjective(eyes, backbone.embedding_VH, writer, pool, recipe), recipe, place)
     _save_eyes(place, eyes.to("cpu"))
     return measured

@@ -1,6 +1,6 @@
 """Eyes for the language model: ViT, Q-Former and projection learn to see, then to make the frozen model reply.
 
-First the ViT learns to hold what a picture shows, so that it can be read from its states; then Q-Former and
+First the ViT learns to hold what a picture shows, so that it can be read from its states; then it, Q-Former and
 projection learn to tell it in the language model's own words, a query each. That is in the place of EVA-CLIP's and
 BLIP-2's representation learning, which would take many more pictures. Then, as MiniGPT-4's alignment: the loss is
 the reply's, given the picture; half of the replies describe it. In the rest pictures stand in stories and
@@ -37,8 +37,8 @@ from minigpt5.tinyworld.renderer import render
 from minigpt5.vokens import IGNORE_INDEX
 
 SIGHT_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
-EYES_RECIPE = Recipe(steps=3000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
-RECIPE = Recipe(steps=1000, batch_size=32, learning_rate=3e-4, warmup_steps=100, weight_decay=0.05)
+EYES_RECIPE = Recipe(steps=6000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.05)
+RECIPE = Recipe(steps=800, batch_size=32, learning_rate=3e-4, warmup_steps=100, weight_decay=0.05)
 _SHARPNESS = 10.0
 """Of the softmax over distances to words: two words are about twice their variance apart."""
 _DESCRIBE_SHARE = 0.5
@@ -47,13 +47,11 @@ _STORY_SCALE = 0.25
 
 
 class Eyes(nn.Module):
-    """Pictures → what stands for them in a prompt. Q-Former and projection train, the ViT stays frozen."""
+    """Pictures → what stands for them in a prompt."""
 
     def __init__(self, vision: VisionEncoder, qformer: QFormer, projection: nn.Linear) -> None:
         super().__init__()
         self.vision, self.qformer, self.projection = vision, qformer, projection
-        # As in BLIP-2; what follows it begins at random, and its first gradients would blind the ViT.
-        vision.requires_grad_(False)
 
     def forward(self, pixels_P3SS: Tensor) -> Tensor:
         """Return ``[P, L, H]`` for normalised pictures."""
@@ -97,10 +95,10 @@ class SightObjective:
 
 
 class EyesObjective:
-    """Loss of one step of Q-Former and projection: query i's output must be the embedding of the picture's word i.
+    """Loss of one step: query i's output must be the embedding of the picture's word i.
 
     Args:
-        eyes: trained.
+        eyes: trained, the ViT too.
         words_VH: the language model's embeddings, frozen.
         writer: words of pictures.
         pool: pictures.
@@ -130,7 +128,7 @@ class VisionObjective:
     """Loss of one step.
 
     Args:
-        eyes: trained.
+        eyes: trained, but for the ViT.
         language_model: frozen.
         writer: tokens of examples.
         recipe: batch size.
@@ -141,6 +139,7 @@ class VisionObjective:
     ) -> None:
         self.eyes, self.language_model, self.writer, self.recipe = eyes, language_model, writer, recipe
         language_model.requires_grad_(False)
+        eyes.vision.requires_grad_(False)
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Return the mean cross-entropy over the replies' tokens."""

@@ -39,7 +39,7 @@ from minigpt5.tinyworld.pretraining.run import pretrain
 from minigpt5.tinyworld.pretraining.text import caption_states, wording_share
 from minigpt5.tinyworld.pretraining.vae import VaeObjective
 from minigpt5.tinyworld.pretraining.vision import EyesObjective, VisionObjective
-from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing, belongs, seeded
+from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, belongs, seeded
 
 CPU = torch.device("cpu")
 QUICK = Recipe(steps=6, batch_size=2, learning_rate=1e-3, warmup_steps=1)
@@ -80,7 +80,7 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
     }
     expected = {"vae": {"sd"}, "text": {"sd"}, "unet": {"sd"}, "language": {"llama"}, "blanks": {"llama"}}
     qformer = {"blip2_qformer.pth", "minigpt4.pth"}
-    expected |= {"scorer": {"clip"}, "clip": {"sd"}, "eyes": qformer, "vision": qformer}
+    expected |= {"scorer": {"clip"}, "clip": {"sd"}, "eyes": {"eva_vit.pth", *qformer}, "vision": qformer}
     # The Q-Former's file holds the layer norm behind the ViT.
     expected["sight"] = {"eva_vit.pth", "blip2_qformer.pth"}
     assert changed - {"pretraining"} == expected[name]
@@ -239,6 +239,14 @@ def test_examples_write_each_picture_out_in_words(folder):
             assert text.endswith("###")
             shown = len(example.inputs) + len(example.outputs)
             assert text.replace("<Img>ImageContent", "").count("<Img>") == shown
+
+
+def test_a_description_begins_with_what_stands_first_in_the_picture():
+    for index in range(60):
+        example = describe_example(seeded(0, "train", "describe", index))
+        (scene,) = example.inputs
+        first = min(scene.things, key=lambda thing: POSITIONS.index(thing.position))
+        assert read_attributes(example.response)["position"] == first.position
 
 
 def blank_objective(folder):
