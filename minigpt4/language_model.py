@@ -5,13 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from minigpt4.config import LanguageModelConfig
 from minigpt4.errors import InputError
 from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
-from minigpt4.weights import KeyReport, matches, raise_for_keys, read_json, resolve_source
+from minigpt4.weights import (
+    KeyReport,
+    State,
+    matches,
+    raise_for_keys,
+    read_json,
+    read_state,
+    read_state_as,
+    resolve_source,
+    weight_files,
+)
 
 FLAG = "model.backbone.language_model"
 ADDED_FILE = "added_tokens.json"
@@ -51,24 +61,12 @@ def load_language_model(
     folder = resolve_source(config.weights, f"{FLAG}.weights")
     architecture = _read_architecture(folder, config)
     tokenizer = load_tokenizer(folder)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its own key warnings; the report below replaces them
-    transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(
-            folder,
-            config=architecture,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # so that they are listed below with their names
-            **_quantization_arguments(config, dtype, device),
-        )
+        model, info = _load_folder(folder, architecture, dtype, _quantization_arguments(config, dtype, device))
+    except InputError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything here, SafetensorError to IndexError
         raise InputError(f"{FLAG}.weights: {folder}: cannot be loaded: {error}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    model, info = loaded
     if info["mismatched_keys"]:
         raise InputError(f"{FLAG}.weights: {folder}: sizes differ from config.json: {info['mismatched_keys']}")
     unexpected = sorted(key for key in info["unexpected_keys"] if not matches(key, _IGNORED))
@@ -96,6 +94,48 @@ def check_quantization(config: LanguageModelConfig) -> None:
             f"{FLAG}.quantization: {config.quantization}: its package is not installed; "
             "run: pip install bitsandbytes"
         )
+
+
+def _load_folder(
+    folder: Path, architecture: LlamaConfig, dtype: torch.dtype, quantization: dict[str, Any]
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Build the model on a folder's tensors; returns what transformers says of their keys, too.
+
+    transformers itself would convert out of files that stay mapped to the end, so that the model and the files'
+    pages are resident together: twice the checkpoint.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its own key warnings; the caller's report replaces them
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = LlamaForCausalLM.from_pretrained(
+            None,
+            config=architecture,
+            state_dict=_read_folder(folder, dtype, is_quantized=bool(quantization)),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the caller can list them with their names
+            **quantization,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, info
+
+
+def _read_folder(folder: Path, dtype: torch.dtype, is_quantized: bool) -> State:
+    """Return a folder's tensors in the model's type.
+
+    For a quantized model they stay as they are in the files: the layers are quantized one by one, and converted
+    before that they would all be in memory.
+    """
+    flag = f"{FLAG}.weights"
+    state: State = {}
+    for file in weight_files(folder, flag):
+        state |= read_state(file, flag) if is_quantized else read_state_as(file, dtype, flag)
+    return state
 
 
 def _quantization_arguments(

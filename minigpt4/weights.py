@@ -4,8 +4,11 @@ Loading never succeeds silently into garbage: a file kind lists the keys it may 
 and the keys it may lack; every other difference, and every wrong shape, is an error that names file and keys.
 """
 
+import ctypes
 import json
+import mmap
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +85,26 @@ def read_state(path: Path, flag: str = "weights") -> State:
     if not tensors:
         raise InputError(f"{flag}: {path}: holds no tensors; is it a weight file?")
     return tensors
+
+
+def read_state_as(path: Path, dtype: torch.dtype, flag: str = "weights") -> State:
+    """Read a state dict as :func:`read_state` does, with its floating-point tensors in ``dtype``.
+
+    Resident memory peaks at the tensors that are returned and one more of the file's: pages that were read from a
+    mapped file count as resident until they are given back, so every converted tensor gives its own back at once.
+    Tensors that have the type already stay what they are, pages of the file.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    state = read_state(path, flag)
+    is_mapped = path.suffix == ".safetensors" or _is_zip(path)
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            state[key] = tensor.to(dtype)
+            if is_mapped:
+                _release_pages(tensor)
+    return state
 
 
 def read_torch_file(path: Path, flag: str = "weights") -> dict:
@@ -238,6 +261,47 @@ def folder_tensors(folder: Path, flag: str, skip: tuple[str, ...] = ()) -> Itera
                 raise InputError(f"{flag}: {file}: not a readable safetensors file: {error}") from None
         else:
             yield from ((key, value) for key, value in read_state(file, flag).items() if not key.startswith(skip))
+
+
+def weight_files(folder: Path, flag: str) -> list[Path]:
+    """Return the weight files of a Hugging Face folder: safetensors if there are any, else bin; whole or sharded.
+
+    Raises:
+        InputError: the folder has no weights, or its index is damaged or names files that are not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _indexed_files(index, flag)
+    raise InputError(f"{flag}: {folder}: holds neither model.safetensors nor pytorch_model.bin, whole or sharded")
+
+
+def _indexed_files(index: Path, flag: str) -> list[Path]:
+    places = read_json(index, flag).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{flag}: {index}: expected the keys' files under weight_map")
+    files = [index.parent / str(name) for name in sorted(set(places.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise InputError(f"{flag}: {index}: names files that are not there: {', '.join(_short(absent))}")
+    return files
+
+
+def _release_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is part of a mapped file; read again, it would come from the file.
+
+    Only whole pages of the tensor's own, so that its neighbours keep theirs. Other systems than Linux have no
+    call that surely leaves the values alone; there, the pages go when the file is closed.
+    """
+    if sys.platform != "linux" or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        # Advice: where it is refused, nothing but memory is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _download(address: str, flag: str) -> Path:

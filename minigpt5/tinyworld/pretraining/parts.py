@@ -208,7 +208,7 @@ def _train_sight(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     measured = train(
         "sight", reader, SightObjective(reader, make_pool(_SEEN * pool_size, place.seed), recipe), recipe, place
     )
-    _save_eyes(place, Eyes(reader.seer.to("cpu"), models.qformer, models.projection))
+    _save_eyes(place, Eyes(models.vision.to("cpu"), models.qformer, models.projection))
     return measured
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from minigpt4.backbone import load_backbone
 from minigpt4.config import BackboneConfig, LanguageModelConfig
 from minigpt4.errors import InputError
+from minigpt4.language_model import load_language_model
 from minigpt4.vision import VisionEncoder, interpolate_positions, load_vision
-from minigpt4.weights import read_state, resolve_source
+from minigpt4.weights import read_state, read_state_as, resolve_source
 from tests.parity.model import model_config
 
 FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
@@ -130,20 +131,75 @@ def test_wrong_files_are_named(config, change, message):
         load_backbone(change(config))
 
 
-def test_sharded_bin_folder_gives_the_same_model(config, tmp_path):
-    folder = copy_llama(tmp_path)
-    state = load_file(folder / "model.safetensors")
+def write_llama(folder: Path, state: dict[str, torch.Tensor], name: str, shards: int) -> None:
+    """Replace a folder's weights by ``state`` in files of the given name, with an index if there are several."""
     (folder / "model.safetensors").unlink()
-    keys = sorted(state)
-    shards = {"pytorch_model-00001-of-00002.bin": keys[::2], "pytorch_model-00002-of-00002.bin": keys[1::2]}
-    for name, part in shards.items():
-        torch.save({key: state[key] for key in part}, folder / name)
-    index = {"metadata": {}, "weight_map": {key: name for name, part in shards.items() for key in part}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    sharded = load_backbone(with_llama(config, folder)).model
+    stem, suffix = name.split(".")
+    keys, places = sorted(state), {}
+    for number in range(shards):
+        file = name if shards == 1 else f"{stem}-{number + 1:05}-of-{shards:05}.{suffix}"
+        part = {key: state[key] for key in keys[number::shards]}
+        places |= dict.fromkeys(part, file)
+        if suffix == "bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    if shards > 1:
+        (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+LAYOUTS = [(name, shards) for name in ("model.safetensors", "pytorch_model.bin") for shards in (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "shards"), LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float16_files_of_every_layout_are_converted_exactly(tmp_path, name, shards, dtype):
+    folder = copy_llama(tmp_path)
+    state = {key: value.half() for key, value in load_file(folder / "model.safetensors").items()}
+    write_llama(folder, state, name, shards)
+    model, _, _ = load_language_model(LanguageModelConfig(weights=str(folder)), dtype)
+    for key, value in model.state_dict().items():
+        assert value.dtype is dtype
+        assert torch.equal(value, state[key].to(dtype)), key
+    frequencies = 10000.0 ** -(torch.arange(0, 16, 2) / 16)  # RoFormer, section 3.2.2
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["mapped", "read into memory"])
+def test_keys_of_one_storage_are_all_converted(tmp_path, is_zip):
+    """A converted tensor's pages are given back, and the next key needs them again."""
+    shared = torch.randn(300, 64).half()
+    state = {"whole": shared, "again": shared, "part": shared[100:], "turned": shared.T, "number": torch.tensor(3)}
+    torch.save(state, tmp_path / "shared.bin", _use_new_zipfile_serialization=is_zip)
+    read = read_state_as(tmp_path / "shared.bin", torch.bfloat16)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key].bfloat16()) for key in state if key != "number")
+    assert read["number"].dtype is torch.int64
+
+
+@pytest.mark.parametrize(("name", "shards"), LAYOUTS[1:])
+def test_every_layout_gives_the_same_model(config, tmp_path, name, shards):
+    folder = copy_llama(tmp_path)
+    write_llama(folder, load_file(folder / "model.safetensors"), name, shards)
+    other = load_backbone(with_llama(config, folder)).model
     whole = load_backbone(config).model
     for key, value in whole.language_model.state_dict().items():
-        assert torch.equal(value, sharded.language_model.state_dict()[key]), key
+        assert torch.equal(value, other.language_model.state_dict()[key]), key
+
+
+def test_incomplete_llama_folders_are_refused(config, tmp_path):
+    folder = copy_llama(tmp_path)
+    write_llama(folder, load_file(folder / "model.safetensors"), "pytorch_model.bin", 2)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(InputError, match=r"index\.json: names files that are not there: .*-00002-of-00002\.bin"):
+        load_backbone(with_llama(config, folder))
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"index\.json: expected the keys' files under weight_map"):
+        load_backbone(with_llama(config, folder))
+    (folder / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(InputError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+        load_backbone(with_llama(config, folder))
 
 
 def test_padding_row_beyond_the_tokenizer_is_not_used(config, tmp_path):
