@@ -13,7 +13,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import Pool
 from minigpt5.tinyworld.pretraining.text import caption_states
 
-RECIPE = Recipe(steps=10_000, batch_size=32, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+RECIPE = Recipe(steps=12_500, batch_size=32, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
 CAPTION_DROPOUT = 0.1
 """Share of captions replaced by empty ones, for classifier-free guidance (arXiv 2207.12598)."""
 GAMMA = 5.0
