@@ -38,9 +38,11 @@ BACKGROUND_PHRASES: Words = {
     "snow": ("on the snow", "in the snow"),
 }
 MOST_THINGS = 2
+"""In one scene."""
 _ROWS, _COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
 _NOTHING = ". . . . ."
 SEEN_WORDS = 1 + MOST_THINGS * len(_NOTHING.split())
+"""The background, and each thing's size, colour, shape, row and column: see :func:`seen_words`."""
 _ONE_THING = (
     "{thing} {place} {ground} .",
     "{thing} {ground} , {place} .",

@@ -70,50 +70,43 @@ def random_event(scene: Scene, split: str, rng: Random, exclude: tuple[str, ...]
     return rng.choice(events[rng.choice(kinds)]) if kinds else None
 
 
-def describe_event(before: Scene, event: Event, rng: Random, it: str = "it") -> str:
-    """Return the sentence that tells an event; what stays as it was is not mentioned.
-
-    Args:
-        before: the scene that the event changes.
-        event: what happens.
-        rng: chooses the words.
-        it: how the main thing is called.
-    """
+def describe_event(before: Scene, event: Event, rng: Random) -> str:
+    """Return the sentence that tells what happens to a scene; what stays as it was is not mentioned."""
     main = event.after.main
     if event.kind == "move":
         return rng.choice(
             (
-                f"{it} moves to the {main.position} .",
-                f"then {it} goes to the {main.position} .",
-                f"{it} jumps to the {main.position} .",
+                f"it moves to the {main.position} .",
+                f"then it goes to the {main.position} .",
+                f"it jumps to the {main.position} .",
             )
         )
     if event.kind == "resize":
         verb = "grows" if main.size == "big" else "shrinks"
         size = rng.choice(SIZE_WORDS[main.size])
-        return rng.choice((f"{it} {verb} .", f"{it} becomes {size} .", f"now {it} is {size} ."))
+        return rng.choice((f"it {verb} .", f"it becomes {size} .", f"now it is {size} ."))
     if event.kind == "recolour":
         colour = main.colour
-        return rng.choice((f"{it} turns {colour} .", f"{it} becomes {colour} .", f"now {it} is {colour} ."))
+        return rng.choice((f"it turns {colour} .", f"it becomes {colour} .", f"now it is {colour} ."))
     if event.kind == "meet":
         other = event.after.things[1]
         thing, place = noun_phrase(other, rng), rng.choice(POSITION_PHRASES[other.position])
-        sentences = (f"{it} meets {thing} {place} .", f"{thing} comes {place} .", f"then we see {thing} {place} .")
+        sentences = (f"it meets {thing} {place} .", f"{thing} comes {place} .", f"then we see {thing} {place} .")
         return rng.choice(sentences)
     if event.kind == "leave":
         other = before.things[1]
         return rng.choice(("the {} {} goes away .", "the {} {} leaves .")).format(other.colour, other.shape)
-    return _describe_background(event.after.background, rng, it)
+    return _describe_background(event.after.background, rng)
 
 
-def _describe_background(background: str, rng: Random, it: str) -> str:
+def _describe_background(background: str, rng: Random) -> str:
     if background == "night":
         return rng.choice(("night falls .", "it gets dark .", "now it is night ."))
     if background == "sky":
-        sentences = ("a new day comes .", f"{it} flies into the day sky .", f"now {it} is in the daylight .")
+        sentences = ("a new day comes .", "it flies into the day sky .", "now it is in the daylight .")
         return rng.choice(sentences)
     ground = rng.choice(BACKGROUND_PHRASES[background])
-    return rng.choice((f"then {it} lands {ground} .", f"now {it} is {ground} .", f"next {it} is {ground} ."))
+    return rng.choice((f"then it lands {ground} .", f"now it is {ground} .", f"next it is {ground} ."))
 
 
 def fits(text: str, scene: Scene) -> bool:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -107,6 +108,10 @@ def save_diffusion(
 
 
 def save_half(model: PreTrainedModel | ModelMixin, folder: Path) -> None:
-    """Write one model's configuration and half-precision weights into its folder."""
+    """Write one model's configuration and half-precision weights into its folder, where others may be reading."""
     transformers_logging.disable_progress_bar()
-    copy.deepcopy(model).half().save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as new:
+        copy.deepcopy(model).half().save_pretrained(new)
+        for file in Path(new).iterdir():
+            file.replace(folder / file.name)

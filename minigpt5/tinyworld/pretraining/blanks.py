@@ -1,9 +1,11 @@
 """The language model again: tokens it has never seen, where a picture belongs, must come to mean that picture.
 
 A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
-of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
-one each and a second one where there are more. Half of each batch is text as before, so that nothing is forgotten.
-Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words.
+of the known rows, with noise: what vokens start from. Each state that predicts one must tell all of the picture's
+words, through noise, so that everything is said about equally loud and any number of vokens can do. And it must be
+the state that the picture's mere caption would lead to: a mapper that has learned from captions then understands
+stories and dialogues too. Half of each batch is text as before, so that nothing is forgotten.
+Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from minigpt5.tinyworld.captions import SEEN_WORDS
 from minigpt5.tinyworld.pretraining.examples import (
     BLANK,
     SYSTEM_SHARE,
@@ -30,6 +33,8 @@ from minigpt5.tinyworld.pretraining.examples import (
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
 from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
+from minigpt5.tinyworld.pretraining.text import wording_share
+from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
 RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
@@ -41,12 +46,16 @@ _MAKERS: tuple[tuple[Maker, float], ...] = (
     (story_example, 0.35),
     (dialogue_example, 0.25),
 )
+WORDS = SEEN_WORDS
+"""Of a picture with as many things as there can be."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
+_READING_NOISE = 1.0
+"""Relative to the deviation of the states."""
 
 
 class BlankReader(nn.Module):
-    """A language model, and what only training needs: a blank's second word, behind those of all blanks.
+    """A language model, and what only training needs: a matrix for each word of a picture.
 
     Args:
         model: trained.
@@ -55,11 +64,12 @@ class BlankReader(nn.Module):
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
-        self.second = nn.Linear(model.config.hidden_size, model.config.hidden_size)
+        width = model.config.hidden_size
+        self.places = nn.Linear(width, WORDS * width)
 
     def forward(self, states_PNH: Tensor) -> Tensor:
-        """Return logits of the words of each picture ``[P, 2N, V]``, the second of all blanks behind the first."""
-        return self.model.lm_head(torch.cat([states_PNH, self.second(states_PNH)], dim=1))
+        """Return logits of all words of the picture by each state ``[P, N, X, V]``."""
+        return self.model.lm_head(self.places(states_PNH).unflatten(-1, (WORDS, -1)))
 
 
 class BlankObjective:
@@ -77,20 +87,37 @@ class BlankObjective:
         self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the sum of text and word losses, and the share of pictures of which every word is told."""
+        """Return the loss, its parts, and the share of states that tell every word of their picture."""
         text = self.text(generator)["loss"]
-        examples = self.draw(python_random(generator))
+        rng = python_random(generator)
+        examples = self.draw(rng)
+        scenes = [scene for example in examples for scene in example.outputs]
+        states_PNH, errors = self.states(examples, generator)
+        captions = [caption_example(rng, self.writer.voken_text, scene) for scene in scenes]
+        plain_PNH, plain_errors = self.states(captions, generator)
+        states_PNH, context = torch.cat([states_PNH, plain_PNH]), wording_share(states_PNH, plain_PNH)
+        noise_PNH = torch.randn(states_PNH.shape, generator=generator).to(states_PNH)
+        spread = states_PNH.detach().std(dim=0).mean()
+        logits_PNXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
+        words_PX = self.words(scenes * 2).to(states_PNH.device)
+        words_PNX = words_PX[:, None].expand(logits_PNXV.shape[:-1])
+        told = F.cross_entropy(logits_PNXV.flatten(0, 2), words_PNX.flatten(), ignore_index=IGNORE_INDEX)
+        right_PNX = (logits_PNXV.argmax(dim=-1) == words_PNX) | (words_PNX == IGNORE_INDEX)
+        return {
+            "loss": text + (errors + plain_errors) / 2 + told + context,
+            "text": text,
+            "told": told,
+            "context": context,
+            "all_told": right_PNX.all(dim=-1).float().mean(),
+        }
+
+    def states(self, examples: Sequence[Example], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the states that predict the blanks ``[P, N, H]``, and the mean error over the other tokens."""
         ids_BT = self.tokens(examples).to(self.model.device)
         hidden_BTH = self.model.model(inputs_embeds=self.embed(ids_BT, generator), use_cache=False)[0]
         rows_P, starts_P = blank_starts(ids_BT)
-        # The state before a blank predicts it.
         places_PN = starts_P[:, None] - 1 + torch.arange(COUNT, device=ids_BT.device)
-        logits_PXV = self.reader(hidden_BTH[rows_P[:, None], places_PN])
-        words_PX = self.words(examples).to(ids_BT.device)
-        told = F.cross_entropy(logits_PXV.transpose(1, 2), words_PX, ignore_index=IGNORE_INDEX)
-        right_PX = (logits_PXV.argmax(dim=-1) == words_PX) | (words_PX == IGNORE_INDEX)
-        loss = text + self.text_loss(hidden_BTH, ids_BT) + told
-        return {"loss": loss, "text": text, "told": told, "all_told": right_PX.all(dim=1).float().mean()}
+        return hidden_BTH[rows_P[:, None], places_PN], self.text_loss(hidden_BTH, ids_BT)
 
     def draw(self, rng: Random) -> list[Example]:
         """Draw examples of one kind whose replies hold a picture."""
@@ -112,10 +139,10 @@ class BlankObjective:
         # Behind a text's end, where causal attention needs no mask.
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.writer.tokenizer.pad_id)
 
-    def words(self, examples: Sequence[Example]) -> Tensor:
-        """Return the ids of each picture's words ``[P, 2N]``, ignored where there are no more."""
-        words = [self.writer.word_ids(scene) for example in examples for scene in example.outputs]
-        return torch.tensor([ids[: 2 * COUNT] + [IGNORE_INDEX] * (2 * COUNT - len(ids)) for ids in words])
+    def words(self, scenes: Sequence[Scene]) -> Tensor:
+        """Return the ids of each picture's words ``[P, X]``, ignored where there are no more."""
+        words = [self.writer.word_ids(scene) for scene in scenes]
+        return torch.tensor([ids + [IGNORE_INDEX] * (WORDS - len(ids)) for ids in words])
 
     def embed(self, ids_BT: Tensor, generator: torch.Generator) -> Tensor:
         """Return embeddings ``[B, T, H]``; every blank is the mean row with noise of its own."""

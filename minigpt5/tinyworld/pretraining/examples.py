@@ -1,6 +1,6 @@
 """Prompts and replies for the language side, in the published templates, with scenes in the place of pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -14,7 +14,7 @@ from minigpt5.data.types import Sample, Split, Task
 from minigpt5.tinyworld.captions import caption, in_reading_order, plain_words, seen_words
 from minigpt5.tinyworld.dialogues import make_dialogue
 from minigpt5.tinyworld.scenes import Scene, random_scene
-from minigpt5.tinyworld.stories import make_story
+from minigpt5.tinyworld.stories import Step, make_story
 from minigpt5.vokens import VokenIds, voken_text
 
 DESCRIBE = (
@@ -52,9 +52,9 @@ def describe_example(rng: Random) -> Example:
     return Example(rng.choice(DESCRIBE), f"{caption(scene, rng)} {prompts.STOP}", (scene,))
 
 
-def caption_example(rng: Random, vokens: str) -> Example:
-    """Ask for a picture by its caption, as in CC3M."""
-    scene = any_scene(rng)
+def caption_example(rng: Random, vokens: str, scene: Scene | None = None) -> Example:
+    """Ask for a picture by its caption, as in CC3M; of ``scene`` or of any."""
+    scene = scene or any_scene(rng)
     return Example(clean_caption(caption(scene, rng)), f"{vokens} {prompts.STOP}", (), (scene,))
 
 
@@ -66,10 +66,25 @@ def instruction_example(rng: Random, vokens: str) -> Example:
 
 def story_example(rng: Random, vokens: str) -> Example:
     """Ask for a step of a story, in words, as a picture or both, as in VIST."""
-    steps = make_story(rng.randrange(_SEEDS), "train", 0).steps
-    story = vist.Story("", tuple(vist.Step(step.text, str(place), place) for place, step in enumerate(steps)))
+    steps = _any_story(rng)
     task = rng.choice((Task.GENERATION, Task.MULTIMODAL, Task.UNDERSTANDING))
     position = rng.randrange(0 if task is Task.GENERATION else 1, len(steps))
+    return _story_step(steps, position, task, rng, vokens)
+
+
+def event_example(rng: Random, vokens: str) -> Example:
+    """Ask what happens between two pictures of a story, as in VIST where only one step came before."""
+    steps = _any_story(rng)
+    start = rng.randrange(len(steps) - 1)
+    return _story_step(steps[start : start + 2], 1, Task.UNDERSTANDING, rng, vokens)
+
+
+def _any_story(rng: Random) -> tuple[Step, ...]:
+    return make_story(rng.randrange(_SEEDS), "train", 0).steps
+
+
+def _story_step(steps: Sequence[Step], position: int, task: Task, rng: Random, vokens: str) -> Example:
+    story = vist.Story("", tuple(vist.Step(step.text, str(place), place) for place, step in enumerate(steps)))
     options = ReadOptions(
         split=Split.TRAIN,
         folder=Path(),
@@ -90,7 +105,7 @@ def dialogue_example(rng: Random, vokens: str) -> Example:
     return _from_sample(sample, [turn.scene for turn in said])
 
 
-def _from_sample(sample: Sample, scenes: list[Scene | None] | list[Scene]) -> Example:
+def _from_sample(sample: Sample, scenes: Sequence[Scene | None]) -> Example:
     def shown(paths: tuple[Path, ...]) -> tuple[Scene, ...]:
         found = [scenes[int(path.name)] for path in paths]
         return tuple(scene for scene in found if scene is not None)

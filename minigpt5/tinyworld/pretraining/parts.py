@@ -181,6 +181,8 @@ def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
 
 def _train_blanks(place: Place, recipe: Recipe, _: int) -> Measured:
     model = load_folder_backbone(place.folder).model.language_model.requires_grad_(True)
+    # Words keep their embeddings: eyes learn to give them meanwhile.
+    model.get_input_embeddings().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(place.seed)
         reader = BlankReader(model).to(place.device)
@@ -264,8 +266,8 @@ PARTS: dict[str, Part] = {
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
     "blanks": Part(("language",), BLANK_RECIPE, _train_blanks),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
-    "eyes": Part(("sight", "blanks"), EYES_RECIPE, _train_eyes),
-    "vision": Part(("eyes",), VISION_RECIPE, _train_vision),
+    "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes),
+    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from dataclasses import replace
 from random import Random
 
@@ -11,8 +12,9 @@ from minigpt4.language_model import load_tokenizer
 from minigpt5.images import CLIP_MEAN, CLIP_STD
 from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.captions import plain_words, read_attributes
+from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
-from minigpt5.tinyworld.pretraining.blanks import COUNT, BlankObjective, BlankReader, blank_starts
+from minigpt5.tinyworld.pretraining.blanks import COUNT, WORDS, BlankObjective, BlankReader, blank_starts
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
 from minigpt5.tinyworld.pretraining.examples import (
@@ -22,6 +24,7 @@ from minigpt5.tinyworld.pretraining.examples import (
     caption_example,
     describe_example,
     dialogue_example,
+    event_example,
     instruction_example,
     story_example,
 )
@@ -282,21 +285,57 @@ def test_blanks_are_near_the_mean_row_and_known_tokens_keep_theirs(folder):
     torch.testing.assert_close(many[0].mean(dim=0), rows.mean(dim=0), atol=2e-3, rtol=0)
 
 
-def test_each_blank_tells_a_word_and_a_second_one_where_there_are_more(folder):
+def test_each_blank_must_tell_all_words_of_its_picture(folder):
     objective, writer = blank_objective(folder)
     both = Scene(
         (Thing("star", "red", "big", "upper left"), Thing("ring", "blue", "small", "lower right")), "snow"
     )
     one = Scene((Thing("star", "red", "big", "top"),), "snow")
-    words = objective.words([Example("", "", (), (both,)), Example("", "", (), (one,))])
-    assert words.shape == (2, 2 * COUNT)
+    words = objective.words([both, one])
+    assert words.shape == (2, WORDS)
     decode = writer.tokenizer.decode
-    assert decode([index for index in words[0].tolist() if index >= 0]).split() == plain_words(both).split()
+    assert decode(words[0].tolist()).split() == plain_words(both).split()
     assert decode(words[1, :6].tolist()).split() == plain_words(one).split()
     assert (words[1, 6:] < 0).all()
+    rows = objective.model.get_input_embeddings().weight.shape[0]
+    assert objective.reader(torch.zeros(2, COUNT, objective.model.config.hidden_size)).shape == (
+        *(2, COUNT, WORDS),
+        rows,
+    )
 
 
-def test_every_drawn_reply_holds_a_picture_and_the_loss_has_three_terms(folder):
+def test_a_blanks_states_are_those_that_predict_its_tokens(folder):
+    objective, writer = blank_objective(folder)
+    example = caption_example(Random(0), writer.voken_text)
+    states, _ = objective.states([example], torch.Generator().manual_seed(0))
+    ids = objective.tokens([example])
+    start = ids[0].tolist().index(BLANK)
+    # Before the first blank only the prompt was read: no noise is in that state.
+    hidden = objective.model.model(input_ids=ids[:, :start], use_cache=False)[0]
+    torch.testing.assert_close(states[0, 0], hidden[0, -1])
+    assert states.shape[:2] == (1, COUNT)
+
+
+def test_blanks_leave_words_the_embeddings_that_eyes_learn_to_give(folder, tmp_path):
+    place = Place(tmp_path / "weights", 5, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    before = load_folder_backbone(place.folder).model
+    PARTS["blanks"].run(place, replace(PARTS["blanks"].recipe, steps=1, batch_size=4, warmup_steps=0), 8)
+    after = load_folder_backbone(place.folder).model
+    assert torch.equal(after.embedding_VH, before.embedding_VH)
+    assert not torch.equal(after.head_VH, before.head_VH)
+
+
+def test_what_happens_is_asked_of_two_pictures_that_differ():
+    for seed in range(20):
+        example = event_example(Random(seed), "[IMG0]")
+        before, after = example.inputs
+        assert before != after
+        assert not example.outputs
+        assert fits(example.response.removesuffix(" ###"), after)
+
+
+def test_every_drawn_reply_holds_a_picture_and_the_loss_has_four_terms(folder):
     objective, _ = blank_objective(folder)
     for seed in range(4):
         found = objective(torch.Generator().manual_seed(seed))
@@ -304,7 +343,7 @@ def test_every_drawn_reply_holds_a_picture_and_the_loss_has_three_terms(folder):
         examples = objective.draw(Random(seed))
         assert len(examples) == 4
         assert all(example.outputs for example in examples)
-        total = losses["loss"] - losses["text"] - losses["told"]
+        total = losses["loss"] - losses["text"] - losses["told"] - losses["context"]
         assert 0 < total < 2 * losses["text"]
 
 
