@@ -172,12 +172,14 @@ COMPARISONS: dict[str, Comparison] = {
 class Sizes:
     """How much is trained on, how long, and measured: the defaults of the command line, in one place."""
 
-    captions: int = 800
+    captions: int = 3000
     """Captioned pictures to train stage 1 on."""
-    stories: int = 200
+    stories: int = 400
     """Stories of five pictures to train stage 2 on."""
     held_out: int = 150
     """Pictures wanted of every trained model."""
-    steps: tuple[int, int] = (400, 400)
+    steps: tuple[int, int] = (600, 400)
     """Optimizer steps of stage 1 and stage 2."""
-    batch_size: int = 8
+    batch_size: int = 16
+    stage2_rate: float = 1e-3
+    """Learning rate of stage 2, where LoRA wants less than the rate of stage 1."""

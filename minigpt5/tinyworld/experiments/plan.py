@@ -151,9 +151,11 @@ class Plan:
         steps = self.sizes.steps[0 if data == CAPTIONS else 1]
         if data == STORIES and variant.keeps_total_steps:
             steps = sum(self.sizes.steps)
+        rate = {"training.learning_rate": self.sizes.stage2_rate} if data == STORIES else {}
         config = self._config(
             seed,
             {
+                **rate,
                 **_stage_overrides(data, variant),
                 "data.folder": self.data / "train" / _FOLDERS[data],
                 "data.train": train,

@@ -124,7 +124,8 @@ def _preface(sizes: Sizes, command: str) -> list[str]:
         f"```bash\n{command}\n```",
         "",
         f"Stage 1: {sizes.captions} captioned pictures, {sizes.steps[0]} steps. Stage 2: {sizes.stories} stories, "
-        f"{sizes.steps[1]} steps. {sizes.batch_size} samples a step. {sizes.held_out} held-out pictures.",
+        f"{sizes.steps[1]} steps at a learning rate of {sizes.stage2_rate:g}. {sizes.batch_size} samples a step. "
+        f"{sizes.held_out} held-out pictures.",
         "",
     ]
 

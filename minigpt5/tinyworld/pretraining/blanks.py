@@ -1,10 +1,11 @@
 """The language model again: tokens it has never seen, where a picture belongs, must come to mean that picture.
 
 A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
-of the known rows, with noise: what vokens start from. Each state that predicts one must tell all of the picture's
-words, through noise, so that everything is said about equally loud and any number of vokens can do. And it must be
-the state that the picture's mere caption would lead to: a mapper that has learned from captions then understands
-stories and dialogues too. Half of each batch is text as before, so that nothing is forgotten.
+of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
+one each and a second one where there are more, all but the first state, which says that a picture comes; and
+through noise, so that everything is said about equally loud. And they must be the states that the picture's mere
+caption would lead to: a mapper that has learned from captions then understands stories and dialogues too. Half of
+each batch is text as before, so that nothing is forgotten.
 Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words of one.
 """
 
@@ -41,11 +42,12 @@ RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100,
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
-    (caption_example, 0.25),
-    (instruction_example, 0.15),
-    (story_example, 0.35),
-    (dialogue_example, 0.25),
+    (caption_example, 0.05),
+    (instruction_example, 0.1),
+    (story_example, 0.4),
+    (dialogue_example, 0.45),
 )
+"""Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
 _NOISE = 0.5
@@ -55,7 +57,7 @@ _READING_NOISE = 1.0
 
 
 class BlankReader(nn.Module):
-    """A language model, and what only training needs: a matrix for each word of a picture.
+    """A language model, and what only training needs: a state's second word, behind the first words of all states.
 
     Args:
         model: trained.
@@ -64,12 +66,13 @@ class BlankReader(nn.Module):
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
-        width = model.config.hidden_size
-        self.places = nn.Linear(width, WORDS * width)
+        self.second = nn.Linear(model.config.hidden_size, model.config.hidden_size)
 
     def forward(self, states_PNH: Tensor) -> Tensor:
-        """Return logits of all words of the picture by each state ``[P, N, X, V]``."""
-        return self.model.lm_head(self.places(states_PNH).unflatten(-1, (WORDS, -1)))
+        """Return logits of the picture's words ``[P, X, V]`` by all states but the first."""
+        telling_PNH = states_PNH[:, 1:]
+        telling_PXH = torch.cat([telling_PNH, self.second(telling_PNH)], dim=1)
+        return self.model.lm_head(telling_PXH[:, :WORDS])
 
 
 class BlankObjective:
@@ -87,7 +90,7 @@ class BlankObjective:
         self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the loss, its parts, and the share of states that tell every word of their picture."""
+        """Return the loss, its parts, and the share of pictures of which every word is told."""
         text = self.text(generator)["loss"]
         rng = python_random(generator)
         examples = self.draw(rng)
@@ -98,17 +101,16 @@ class BlankObjective:
         states_PNH, context = torch.cat([states_PNH, plain_PNH]), wording_share(states_PNH, plain_PNH)
         noise_PNH = torch.randn(states_PNH.shape, generator=generator).to(states_PNH)
         spread = states_PNH.detach().std(dim=0).mean()
-        logits_PNXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
+        logits_PXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
         words_PX = self.words(scenes * 2).to(states_PNH.device)
-        words_PNX = words_PX[:, None].expand(logits_PNXV.shape[:-1])
-        told = F.cross_entropy(logits_PNXV.flatten(0, 2), words_PNX.flatten(), ignore_index=IGNORE_INDEX)
-        right_PNX = (logits_PNXV.argmax(dim=-1) == words_PNX) | (words_PNX == IGNORE_INDEX)
+        told = F.cross_entropy(logits_PXV.transpose(1, 2), words_PX, ignore_index=IGNORE_INDEX)
+        right_PX = (logits_PXV.argmax(dim=-1) == words_PX) | (words_PX == IGNORE_INDEX)
         return {
             "loss": text + (errors + plain_errors) / 2 + told + context,
             "text": text,
             "told": told,
             "context": context,
-            "all_told": right_PNX.all(dim=-1).float().mean(),
+            "all_told": right_PX.all(dim=-1).float().mean(),
         }
 
     def states(self, examples: Sequence[Example], generator: torch.Generator) -> tuple[Tensor, Tensor]:

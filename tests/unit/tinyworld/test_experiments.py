@@ -87,6 +87,12 @@ def test_cells_share_what_is_trained_alike(plan):
     assert (alone.start, alone.config.training.max_steps) == (None, 4)
 
 
+def test_only_the_second_stage_has_its_learning_rate(plan):
+    second = plan.cells(COMPARISONS["stages"], 1)[0].prediction.training
+    assert second.config.training.learning_rate == TINY.stage2_rate
+    assert second.start.config.training.learning_rate > TINY.stage2_rate
+
+
 def test_keys_depend_on_settings_and_sizes_but_not_on_folders(plan, tmp_path):
     (cell,) = plan.cells(Comparison("x", "X", STORIES, ("modality",), (Variant("one"),)), 1)
 
