@@ -3,6 +3,7 @@
 Wanted pictures are renders, on which the recogniser is exact; so a folder of predictions needs nothing beside it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from minigpt5.predictions import Prediction, read_predictions
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.recogniser import Agreement, compare, recognise
 
+_STEP = re.compile(r"_(\d+)-gen$")
+"""In the id of a story's task: which picture of it is wanted."""
 FLOORS: dict[str, dict[str, float]] = {
     "cc3m": {"shape_and_colour": 0.90},
     "vist": {"all_attributes": 0.75, "text_consistent": 0.85},
@@ -61,7 +64,7 @@ def score_folder(folder: Path) -> list[Share]:
     """Measure the predictions of a folder.
 
     A wanted picture that was not made counts as wrong in everything; of several only the first counts. What a
-    picture shows is measured where the prompt decides it (:func:`is_determined`).
+    picture shows is measured where what came before decides it (:func:`is_determined`).
 
     Args:
         folder: a prediction store over tiny-world data.
@@ -93,13 +96,15 @@ def score_folder(folder: Path) -> list[Share]:
 
 
 def is_determined(prediction: Prediction) -> bool:
-    """Whether a picture is wanted and its prompt decides what it shows.
+    """Whether a picture is wanted, and all that came before it decides what it shows.
 
-    Nobody can know a story's next event before it is told, nor how a story begins that says "look at this .".
+    Nobody can know a story's next event before it is told, nor how a story begins that says "look at this .". It
+    is the story that counts, not how much of it the prompt holds (``data.context``).
     """
     if prediction.dataset != "vist":
         return prediction.wants_image
-    return prediction.task == Task.GENERATION and bool(prediction.input_images)
+    step = _STEP.search(prediction.id)
+    return prediction.task == Task.GENERATION and step is not None and int(step[1]) > 0
 
 
 def measure_folder(folder: Path) -> dict[str, float]:

@@ -24,11 +24,12 @@ STORY_PROMPT = Scene((RING,), "sand")
 
 
 def store(folder, dataset, *replies):
-    """Write replies (task, text, wanted scene, made scene, shown scene) as a prediction store."""
+    """Write replies (task, text, wanted scene, made scene, shown scene) as a store; a story's are its steps."""
     predictions = PredictionStore(folder, {})
     for number, (task, text, *scenes) in enumerate(replies):
         wanted, made, shown = ([picture(scene)] if scene else [] for scene in scenes)
-        prediction = Prediction(str(number), dataset, task, "", text, "")
+        name = f"7_{number}-{'gen' if task == 'generation' else task}"
+        prediction = Prediction(name, dataset, task, "", text, "")
         predictions.append(prediction, images=made, target_images=wanted, input_images=shown)
     return {share.name: (share.right, share.total) for share in score_folder(folder)}
 
@@ -73,18 +74,19 @@ def test_a_story_sentence_is_held_against_the_shown_or_the_made_picture(tmp_path
     assert found["modality"] == (4, 5)
 
 
-def test_a_storys_pictures_count_where_earlier_pictures_and_a_sentence_tell_what_they_show(tmp_path):
+def test_a_storys_pictures_count_where_what_came_before_tells_what_they_show(tmp_path):
     other = Scene((RING,), "snow")
     found = store(
         tmp_path,
         "vist",
+        ("generation", "[IMG0]", WANTED, other, None),  # the story's first
         ("generation", "[IMG0]", WANTED, WANTED, STORY_PROMPT),
         ("generation", "[IMG0]", WANTED, other, STORY_PROMPT),
-        ("generation", "[IMG0]", WANTED, other, None),
+        ("generation", "[IMG0]", WANTED, other, None),  # the prompt keeps earlier pictures back: that is measured
         ("multimodal", "it turns blue . [IMG0]", WANTED, other, STORY_PROMPT),
     )
-    assert found["all_attributes"] == (1, 2)
-    assert found["modality"] == (4, 4)
+    assert found["all_attributes"] == (1, 3)
+    assert found["modality"] == (5, 5)
 
 
 def test_a_picture_that_nobody_wanted_is_the_wrong_modality(tmp_path):
@@ -135,5 +137,6 @@ def test_a_prompts_pictures_stand_in_their_places(tmp_path):
     write_overview(tmp_path / "page.html", [tmp_path / "a"])
     prompt = re.search('class="prompt">(.*?)</p>', (tmp_path / "page.html").read_text())[1]
     assert re.fullmatch(
-        r"system<br><b>Human:</b>it &lt;i&gt; moves \.<img [^>]*a/images/0_in\.png[^>]*> why", prompt
+        r"system<br><b>Human:</b>it &lt;i&gt; moves \.<img [^>]*a/images/7_0-understanding_in\.png[^>]*> why",
+        prompt,
     )
