@@ -1,9 +1,8 @@
 """Jobs that need each other, some at once; a job that fails stops only those that need it."""
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from minigpt5.tinyworld.experiments.work import run_logged
+from minigpt5.tinyworld.workers import worker_pool
 
 Outcome = Future[str | None]
 """Why a job failed, or None."""
@@ -116,12 +116,7 @@ def _workers(at_once: int) -> Iterator[Submit]:
     if at_once == 1:
         yield _do_now
         return
-    import torch
-
-    threads = max(1, torch.get_num_threads() // at_once)
-    # Forking would copy this process's threads half-alive.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, context, torch.set_num_threads, (threads,)) as pool:
+    with worker_pool(at_once) as pool:
         try:
             yield pool.submit
         except KeyboardInterrupt:

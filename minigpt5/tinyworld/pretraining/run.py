@@ -1,13 +1,11 @@
 """Several parts of pretraining, at once where they do not need each other."""
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-
-import torch
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from minigpt5.tinyworld.pretraining.loop import Place
 from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder, run_part
+from minigpt5.tinyworld.workers import worker_pool
 
 
 def pretrain(parts: Sequence[str], place: Place, scale: float, pool_size: int, jobs: int) -> None:
@@ -29,13 +27,9 @@ def pretrain(parts: Sequence[str], place: Place, scale: float, pool_size: int, j
         for name in waiting:
             run_part(name, place, scale, pool_size)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
     rows = list(range(jobs))
     running: dict[Future[None], tuple[str, int]] = {}
-    # Forking would copy this process's threads half-alive.
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
-    ) as pool:
+    with worker_pool(jobs) as pool:
         while waiting or running:
             busy = {name for name, _ in running.values()}
             ready = [name for name in waiting if not (busy | set(waiting)) & set(PARTS[name].needs)]
