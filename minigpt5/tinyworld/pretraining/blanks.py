@@ -38,7 +38,7 @@ from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
@@ -50,6 +50,8 @@ _MAKERS: tuple[tuple[Maker, float], ...] = (
 """Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
+CONTEXT_WEIGHT = 10.0
+"""Little of a state comes from elsewhere than the picture, but the mapper would stumble over it."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
 _READING_NOISE = 1.0
@@ -106,7 +108,7 @@ class BlankObjective:
         told = F.cross_entropy(logits_PXV.transpose(1, 2), words_PX, ignore_index=IGNORE_INDEX)
         right_PX = (logits_PXV.argmax(dim=-1) == words_PX) | (words_PX == IGNORE_INDEX)
         return {
-            "loss": text + (errors + plain_errors) / 2 + told + context,
+            "loss": text + (errors + plain_errors) / 2 + told + CONTEXT_WEIGHT * context,
             "text": text,
             "told": told,
             "context": context,

@@ -28,7 +28,7 @@ from minigpt5.tinyworld.pretraining.loop import Recipe
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=10_000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
+RECIPE = Recipe(steps=13_000, batch_size=32, learning_rate=2e-3, warmup_steps=200, weight_decay=0.05)
 
 
 def _describe(rng: Random, _: str) -> Example:
@@ -37,11 +37,11 @@ def _describe(rng: Random, _: str) -> Example:
 
 KINDS: tuple[tuple[Maker, float, float], ...] = (
     (_describe, 0.1, 0.75),
-    (caption_example, 0.05, 1.0),
+    (caption_example, 0.1, 1.0),
     (instruction_example, 0.05, 0.75),
-    (event_example, 0.3, 1.0),
-    (story_example, 0.3, 0.5),
-    (dialogue_example, 0.2, 0.75),
+    (event_example, 0.2, 1.0),
+    (story_example, 0.25, 0.5),
+    (dialogue_example, 0.3, 0.75),
 )
 """Maker of examples, its share of the steps, and its batch relative to the recipe's: long texts come in fewer.
 

@@ -14,7 +14,14 @@ from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
-from minigpt5.tinyworld.pretraining.blanks import COUNT, WORDS, BlankObjective, BlankReader, blank_starts
+from minigpt5.tinyworld.pretraining.blanks import (
+    CONTEXT_WEIGHT,
+    COUNT,
+    WORDS,
+    BlankObjective,
+    BlankReader,
+    blank_starts,
+)
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
 from minigpt5.tinyworld.pretraining.examples import (
@@ -344,7 +351,7 @@ def test_every_drawn_reply_holds_a_picture_and_the_loss_has_four_terms(folder):
         examples = objective.draw(Random(seed))
         assert len(examples) == 4
         assert all(example.outputs for example in examples)
-        total = losses["loss"] - losses["text"] - losses["told"] - losses["context"]
+        total = losses["loss"] - losses["text"] - losses["told"] - CONTEXT_WEIGHT * losses["context"]
         assert 0 < total < 2 * losses["text"]
 
 
