@@ -7,7 +7,7 @@ configuration changed has another one.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest, sha256
@@ -92,15 +92,13 @@ class Plan:
         return self.folder / "data" / f"{sizes.captions}-{sizes.stories}-{sizes.held_out}"
 
     @cached_property
-    def foundations(self) -> str:
-        """Return a digest of the foundation weights."""
-        digest = sha256()
-        for source in _weight_sources(load_config(TINY, {}, {})):
-            files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-            for path in files:
-                with path.open("rb") as file:
-                    digest.update(path.name.encode() + file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:_KEY_LENGTH]
+    def foundations(self) -> dict[Stage, str]:
+        """Return a digest of the foundation weights that each stage uses: no picture is looked at in the first."""
+        config = load_config(TINY, {}, {})
+        drawing = [config.model.backbone.language_model.weights, config.model.diffusion.weights]
+        backbone = config.model.backbone
+        seeing = [backbone.vision.weights, backbone.qformer.weights, backbone.projection_weights]
+        return {Stage.ALIGNMENT: _digest(drawing), Stage.MULTIMODAL: _digest(drawing + seeing)}
 
     def cells(self, comparison: Comparison, seeds: int) -> list[Cell]:
         """Return a comparison's cells, one for each variant and seed."""
@@ -190,7 +188,7 @@ class Plan:
         # Folders are not what a result depends on; what is in them is.
         content["data"] = {name: value for name, value in values["data"].items() if name != "folder"}
         content["model"] = _without_sources(content["model"])
-        known = [FORMAT, DATA_SEED, HELD_OUT_SEED, self.foundations, content, further]
+        known = [FORMAT, DATA_SEED, HELD_OUT_SEED, self.foundations[config.stage], content, further]
         return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:_KEY_LENGTH]
 
 
@@ -221,16 +219,15 @@ def _replace(config: RunConfig, paths: Mapping[str, Any]) -> RunConfig:
     return replace(config, paths=replace(config.paths, **names))
 
 
-def _weight_sources(config: RunConfig) -> list[Path]:
-    backbone = config.model.backbone
-    sources = (
-        backbone.vision.weights,
-        backbone.qformer.weights,
-        backbone.projection_weights,
-        backbone.language_model.weights,
-        config.model.diffusion.weights,
-    )
-    return [Path(source) for source in sources if source is not None]
+def _digest(sources: Sequence[str | None]) -> str:
+    """Return a digest of the names and contents of files, and of those in folders."""
+    digest = sha256()
+    for source in (Path(source) for source in sources if source is not None):
+        files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:_KEY_LENGTH]
 
 
 def _without_sources(values: Any) -> Any:

@@ -38,7 +38,7 @@ from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
@@ -50,7 +50,7 @@ _MAKERS: tuple[tuple[Maker, float], ...] = (
 """Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
-CONTEXT_WEIGHT = 10.0
+CONTEXT_WEIGHT = 3.0
 """Little of a state comes from elsewhere than the picture, but the mapper would stumble over it."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""

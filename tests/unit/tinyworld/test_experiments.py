@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from scipy import stats
 from minigpt4.errors import InputError
 from minigpt5.config import PROJECT_ROOT
 from minigpt5.tinyworld.__main__ import main
+from minigpt5.tinyworld.experiments import plan as plans
 from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, COMPARISONS, STORIES, Comparison, Sizes, Variant
 from minigpt5.tinyworld.experiments.intervals import mean_interval
 from minigpt5.tinyworld.experiments.jobs import Job, JobsInterrupted, run_jobs
@@ -136,6 +138,25 @@ def interrupt() -> None:
 
 def job(folder: Path, key: str, work=None, needs: str | None = None) -> Job:
     return Job(key, f"job {key}", work or partial(touch, folder / key), folder / f"{key}.log", needs)
+
+
+def test_only_weights_that_a_stage_uses_are_in_its_keys(tmp_path, monkeypatch):
+    weights, config = tmp_path / "weights", tmp_path / "config" / "tiny.yaml"
+    shutil.copytree(plans.TINY.parent.parent / "minigpt5/tinyworld/weights", weights)
+    config.parent.mkdir()
+    config.write_text(plans.TINY.read_text().replace("../minigpt5/tinyworld/weights", str(weights)))
+    monkeypatch.setattr(plans, "TINY", config)
+
+    def keys() -> list[str]:
+        cells = [Plan(tmp_path / "out", TINY).cells(COMPARISONS[name], 1)[0] for name in ("vokens", "context")]
+        return [cell.prediction.training.key for cell in cells]
+
+    captions, stories = keys()
+    (weights / "eva_vit.pth").write_bytes(b"other")
+    assert keys()[0] == captions
+    assert keys()[1] != stories
+    (weights / "llama" / "model.safetensors").write_bytes(b"other")
+    assert keys()[0] != captions
 
 
 def test_a_failed_job_stops_only_what_needs_it(tmp_path, capsys):
