@@ -109,11 +109,11 @@ def _describe_background(background: str, rng: Random) -> str:
     return rng.choice((f"then it lands {ground} .", f"now it is {ground} .", f"next it is {ground} ."))
 
 
-def fits(text: str, scene: Scene) -> bool:
+def fits(text: str, scene: Scene, before: Scene | None = None) -> bool:
     """Whether a story's sentence can stand under a picture of ``scene``.
 
-    Everything it names must be true of one thing and of the background; a thing that leaves must be gone. A
-    sentence that names nothing does not fit.
+    Everything it names must be true of one thing and of the background. A thing that leaves must be gone, and must
+    have been there ``before``. A sentence that names nothing does not fit.
     """
     said = dict(read_attributes(text))
     said |= dict(value for words, value in _MEANS.items() if words in text.lower())
@@ -122,10 +122,13 @@ def fits(text: str, scene: Scene) -> bool:
     background = said.pop("background", None)
     if background not in (None, scene.background):
         return False
-    agrees = any(all(getattr(thing, name) == value for name, value in said.items()) for thing in scene.things)
+
+    def holds(shown: Scene) -> bool:
+        return any(all(getattr(thing, name) == value for name, value in said.items()) for thing in shown.things)
+
     if any(words in text.lower() for words in _LEAVES):
-        return bool(said) and not agrees
-    return agrees and bool(said or background)
+        return bool(said) and not holds(scene) and before is not None and holds(before)
+    return holds(scene) and bool(said or background)
 
 
 def _is_drawable(scene: Scene) -> bool:

@@ -5,7 +5,7 @@ Wanted pictures are renders, on which the recogniser is exact; so a folder of pr
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -25,11 +25,11 @@ FLOORS: dict[str, dict[str, float]] = {
 }
 """Data set → share → the least that both stages must reach on held-out data."""
 MEANINGS = {
-    "shape_and_colour": "wanted picture: shape and colour of its main thing",
-    "all_attributes": "wanted picture: all five attributes",
-    "size": "wanted picture: size",
-    "position": "wanted picture: position",
-    "background": "wanted picture: background",
+    "shape_and_colour": "wanted thing: shape and colour",
+    "all_attributes": "wanted thing: all five attributes",
+    "size": "wanted thing: size",
+    "position": "wanted thing: position",
+    "background": "wanted thing: background",
     "both_things": "wanted picture of two things: both, in all attributes",
     "text_consistent": "sentence agrees with its picture",
     "modality": "picture where one was wanted, none where none was",
@@ -63,8 +63,9 @@ class Share:
 def score_folder(folder: Path) -> list[Share]:
     """Measure the predictions of a folder.
 
-    A wanted picture that was not made counts as wrong in everything; of several only the first counts. What a
-    picture shows is measured where what came before decides it (:func:`is_determined`).
+    Each thing of a wanted picture counts, with the picture's background as its fifth attribute. A picture that was
+    not made is wrong in everything; of several only the first counts. What a picture shows is measured where what
+    came before decides it (:func:`is_determined`).
 
     Args:
         folder: a prediction store over tiny-world data.
@@ -78,18 +79,18 @@ def score_folder(folder: Path) -> list[Share]:
         held = ", ".join(datasets) or "no predictions"
         raise InputError(f"{folder}: holds {held}; predictions of one data set wanted")
     floors = FLOORS.get(datasets[0], {})
-    pictures = [_agreement(folder, one) for one in predictions if is_determined(one)]
+    things = [thing for one in predictions if is_determined(one) for thing in _agreements(folder, one)]
     found: dict[str, Sequence[bool]] = {
-        "shape_and_colour": [one is not None and one.shape and one.colour for one in pictures],
-        "all_attributes": [one is not None and one.all for one in pictures],
+        "shape_and_colour": [one is not None and one.shape and one.colour for one in things],
+        "all_attributes": [one is not None and one.all for one in things],
     }
     for name in ("size", "position", "background"):
-        found[name] = [one is not None and getattr(one, name) for one in pictures]
+        found[name] = [one is not None and getattr(one, name) for one in things]
     found["both_things"] = _both_things(folder, predictions)
     found["text_consistent"] = [
-        fits(one.text, recognise(picture))
+        fits(one.text, *map(recognise, pictures))
         for one in predictions
-        if (picture := _told_picture(folder, one)) is not None
+        if (pictures := _told_pictures(folder, one))
     ]
     found["modality"] = [bool(one.images) == one.wants_image for one in predictions]
     return [Share(name, sum(right), len(right), floors.get(name)) for name, right in found.items() if right]
@@ -112,12 +113,13 @@ def measure_folder(folder: Path) -> dict[str, float]:
     return {share.name: share.value for share in score_folder(folder)}
 
 
-def _agreement(folder: Path, prediction: Prediction) -> Agreement | None:
-    """Compare the wanted picture's larger thing and its background with the picture that was made, if any was."""
-    if not prediction.images:
-        return None
+def _agreements(folder: Path, prediction: Prediction) -> list[Agreement | None]:
+    """Compare each thing of the wanted picture with the picture that was made, if any was."""
     wanted = recognise(_open(folder, prediction.target_images[0]))
-    return compare(wanted, _open(folder, prediction.images[0]))
+    if not prediction.images:
+        return [None] * len(wanted.things)
+    made = _open(folder, prediction.images[0])
+    return [compare(replace(wanted, things=(thing,)), made) for thing in wanted.things]
 
 
 def _both_things(folder: Path, predictions: Sequence[Prediction]) -> list[bool]:
@@ -132,15 +134,16 @@ def _both_things(folder: Path, predictions: Sequence[Prediction]) -> list[bool]:
     return right
 
 
-def _told_picture(folder: Path, prediction: Prediction) -> Image.Image | None:
-    """Return the picture that a story's sentence goes with: the shown one, or the one made along with it."""
+def _told_pictures(folder: Path, prediction: Prediction) -> list[Image.Image]:
+    """Return the picture that a story's sentence goes with, shown or made along with it, and the one before it."""
     if prediction.dataset != "vist":
-        return None
-    if prediction.task == Task.UNDERSTANDING:
-        return _open(folder, prediction.input_images[-1])
-    return (
-        _open(folder, prediction.images[0]) if prediction.task == Task.MULTIMODAL and prediction.images else None
-    )
+        return []
+    shown = list(prediction.input_images)
+    if prediction.task == Task.MULTIMODAL and prediction.images:
+        shown.append(prediction.images[0])
+    elif prediction.task != Task.UNDERSTANDING:
+        return []
+    return [_open(folder, name) for name in reversed(shown[-2:])]
 
 
 def _open(folder: Path, name: str) -> Image.Image:

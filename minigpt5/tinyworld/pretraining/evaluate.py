@@ -89,8 +89,13 @@ def measure_unet(folder: Path, data: HeldOut) -> list[Measure]:
         data.scenes, draw_captions(load_folder_diffusion(folder), data.captions, default_sampling())
     )
     return [
-        Measure("unet", "text to image: shape and colour", fmean(one.shape and one.colour for one in drawn), 0.95),
-        Measure("unet", "text to image: all five attributes", fmean(one.all for one in drawn), 0.85),
+        Measure(
+            "unet",
+            "text to image: main thing's shape and colour",
+            fmean(one.shape and one.colour for one in drawn),
+            0.95,
+        ),
+        Measure("unet", "text to image: main thing's five attributes", fmean(one.all for one in drawn), 0.85),
     ]
 
 

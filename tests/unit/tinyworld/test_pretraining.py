@@ -340,7 +340,7 @@ def test_what_happens_is_asked_of_two_pictures_that_differ():
         before, after = example.inputs
         assert before != after
         assert not example.outputs
-        assert fits(example.response.removesuffix(" ###"), after)
+        assert fits(example.response.removesuffix(" ###"), after, before)
 
 
 def test_every_drawn_reply_holds_a_picture_and_the_loss_has_four_terms(folder):

@@ -57,7 +57,28 @@ def test_both_things_must_be_there_in_either_order(tmp_path):
     made = [Scene((RING, STAR), "snow"), Scene((STAR,), "snow"), None]
     found = store(tmp_path, "cc3m", *(("caption", "", both, one, None) for one in made))
     assert found["both_things"] == (1, 3)
-    assert found["all_attributes"] == (2, 3)
+    assert found["all_attributes"] == (2 + 1, 6)
+
+
+def test_the_thing_that_a_change_was_asked_of_counts_though_it_be_the_smaller(tmp_path):
+    both = Scene((STAR, RING), "snow")
+    unchanged = Scene((STAR, Thing("ring", "green", "small", "lower left")), "snow")
+    found = store(tmp_path, "mmdialog", ("dialogue", "", both, unchanged, None))
+    assert found["all_attributes"] == (1, 2)
+    assert found["size"] == (2, 2)
+
+
+def test_a_thing_can_leave_only_the_picture_that_it_was_in(tmp_path):
+    both = Scene((STAR, RING), "snow")
+    replies = [
+        Prediction(f"7_{number}-understanding", "vist", "understanding", "", text, "")
+        for number, text in enumerate(("the blue ring leaves .", "the pink heart leaves ."))
+    ]
+    predictions = PredictionStore(tmp_path, {})
+    for reply in replies:
+        predictions.append(reply, images=[], target_images=[], input_images=[picture(both), picture(WANTED)])
+    (share,) = [share for share in score_folder(tmp_path) if share.name == "text_consistent"]
+    assert (share.right, share.total) == (1, 2)
 
 
 def test_a_story_sentence_is_held_against_the_shown_or_the_made_picture(tmp_path):
@@ -102,7 +123,7 @@ def test_the_command_prints_each_share_and_can_fail_below_a_floor(tmp_path, caps
     capsys.readouterr()
     assert main(["score", "--check", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
     printed = capsys.readouterr()
-    assert "shape and colour of its main thing" in printed.out
+    assert "wanted thing: shape and colour" in printed.out
     assert printed.err == f"floors not met: {tmp_path / 'bad'}: shape_and_colour\n"
 
 

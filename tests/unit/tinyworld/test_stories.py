@@ -5,7 +5,7 @@ import pytest
 
 from minigpt5.tinyworld.captions import read_attributes
 from minigpt5.tinyworld.events import EVENT_KINDS, fits, random_event
-from minigpt5.tinyworld.scenes import Thing, belongs, random_scene, seeded
+from minigpt5.tinyworld.scenes import Scene, Thing, belongs, random_scene, seeded
 from minigpt5.tinyworld.stories import STORY_LENGTH, make_story
 
 CHANGED = {"move": "position", "resize": "size", "recolour": "colour"}
@@ -83,14 +83,23 @@ def test_every_told_event_fits_the_picture_after_it_and_not_the_one_before():
     for index in range(300):
         steps = make_story(0, "validation", index).steps
         for before, step in zip(steps, steps[1:], strict=False):
-            assert fits(step.text, step.scene), (step.text, step.scene)
+            assert fits(step.text, step.scene, before.scene), (step.text, step.scene)
             kinds[step.event] += 1
             # "it" may be either of two things.
             if len(before.scene.things) == 1:
-                assert not fits(step.text, before.scene), (step.text, before.scene)
+                assert not fits(step.text, before.scene, before.scene), (step.text, before.scene)
     assert set(kinds) == set(EVENT_KINDS)
 
 
 @pytest.mark.parametrize("text", ["", "look at this .", "it it it", "it turns .", "the goes away ."])
 def test_a_sentence_that_names_nothing_fits_no_picture(text):
     assert not fits(text, random_scene(seeded(0, "train", 0), "train"))
+
+
+def test_only_what_was_there_can_leave():
+    star, ring = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
+    both, alone = Scene((star, ring), "snow"), Scene((star,), "snow")
+    assert fits("the blue ring goes away .", alone, both)
+    assert not fits("the pink heart goes away .", alone, both)
+    assert not fits("the blue ring leaves .", both, both)
+    assert not fits("the blue ring leaves .", alone)
