@@ -1,5 +1,6 @@
 """Results as Markdown tables and plots, from the cells that are there."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from minigpt5.tinyworld.experiments.comparisons import Comparison, Sizes, Varian
 from minigpt5.tinyworld.experiments.intervals import Interval, mean_interval
 from minigpt5.tinyworld.experiments.plan import Cell
 from minigpt5.tinyworld.quality import MEANINGS
+from minigpt5.tinyworld.stories import STORY_LENGTH
 
 RESULTS, FIGURES = "results.md", "figures"
 Found = Mapping[str, Mapping[str, Interval]]
@@ -28,7 +30,7 @@ def write_report(
     Args:
         folder: where to; figures go below it.
         cells: comparison → its cells.
-        comparisons: what to show, in order.
+        comparisons: what to show, in order; those without any result are left out.
         sizes: of the trainings.
         command: the command line that made the results.
         missing: name of each cell without a result → why.
@@ -42,6 +44,7 @@ def write_report(
         figure.parent.mkdir(parents=True, exist_ok=True)
         draw(comparison, found, figure)
         lines += [f"## {comparison.title}", "", *table(comparison, found), ""]
+        lines += [f"Counted of each training: {counted(comparison, cells[comparison.name])}.", ""]
         lines += [f"![{comparison.title}]({FIGURES}/{figure.name})", ""]
     path = folder / RESULTS
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -59,6 +62,17 @@ def collect(cells: Sequence[Cell]) -> dict[str, dict[str, Interval]]:
         variant: {name: mean_interval(shares) for name, shares in measures.items()}
         for variant, measures in values.items()
     }
+
+
+def counted(comparison: Comparison, cells: Sequence[Cell]) -> str:
+    """Return how many things, sentences or replies each measure of a training is a share of."""
+    totals: dict[str, set[int]] = {name: set() for name in comparison.measures}
+    for cell in cells:
+        measures: dict[str, Any] = (cell.result() or {"measures": {}})["measures"]
+        for name in totals.keys() & measures.keys():
+            totals[name].add(measures[name]["total"])
+    shown = {name: " or ".join(map(str, sorted(found))) for name, found in totals.items() if found}
+    return ", ".join(f"{count} ({MEANINGS[name]})" for name, count in shown.items())
 
 
 def table(comparison: Comparison, found: Found) -> list[str]:
@@ -125,7 +139,7 @@ def _preface(sizes: Sizes, command: str) -> list[str]:
         "",
         f"Stage 1: {sizes.captions} captioned pictures, {sizes.steps[0]} steps. Stage 2: {sizes.stories} stories, "
         f"{sizes.steps[1]} steps at a learning rate of {sizes.stage2_rate:g}. {sizes.batch_size} samples a step. "
-        f"{sizes.held_out} held-out pictures.",
+        f"Held out: {sizes.held_out} captions, {math.ceil(sizes.held_out / STORY_LENGTH)} stories.",
         "",
     ]
 

@@ -26,7 +26,7 @@ def run_experiments(
     jobs: int = 1,
     comparisons: Mapping[str, Comparison] = COMPARISONS,
 ) -> int:
-    """Run comparisons, those cells that have no valid result yet, and write the report of all of them.
+    """Run comparisons, those cells that have no valid result yet, and write the report of all that have one.
 
     Args:
         folder: for data, checkpoints, predictions, results and report; made if missing.
@@ -63,7 +63,9 @@ def run_experiments(
     missing = {
         cell.name: failures.get(cell.prediction.key, "not run") for cell in waiting if cell.result() is None
     }
-    report = write_report(plan.folder, cells, wanted, sizes, command, missing)
+    # What earlier calls found is shown too.
+    shown = {one.name: plan.cells(one, max(seeds or 0, one.seeds)) for one in comparisons.values()}
+    report = write_report(plan.folder, shown, list(comparisons.values()), sizes, command, missing)
     print(f"report: {report}")
     for name, reason in missing.items():
         print(f"no result: {name}: {reason}", file=sys.stderr)

@@ -20,7 +20,7 @@ from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, COMPARISONS, ST
 from minigpt5.tinyworld.experiments.intervals import mean_interval
 from minigpt5.tinyworld.experiments.jobs import Job, JobsInterrupted, run_jobs
 from minigpt5.tinyworld.experiments.plan import Plan
-from minigpt5.tinyworld.experiments.report import collect, draw, table
+from minigpt5.tinyworld.experiments.report import collect, counted, draw, table
 from minigpt5.tinyworld.experiments.run import plan_jobs, run_experiments
 from minigpt5.tinyworld.quality import MEANINGS
 
@@ -236,6 +236,9 @@ def test_a_second_call_does_nothing_and_a_change_redoes_its_cell_alone(tmp_path,
     assert written(tmp_path, "cells/*/*.json") == cells
     assert written(tmp_path, "checkpoints/*") == checkpoints
 
+    assert run_experiments(tmp_path, ["losses"], sizes=TINY, command="x", seeds=1, comparisons=comparisons()) == 0
+    assert "## Stages" in (tmp_path / "results.md").read_text()  # an earlier call's
+
     assert run(**{"loss.text_weight": 0.5}) == 0
     again = written(tmp_path, "cells/*/*.json")
     assert {name for name in cells if again[name] != cells[name]} == {"without-seed0.json"}
@@ -266,6 +269,7 @@ def test_table_and_plot_of_several_seeds(plan, tmp_path):
     lines = table(comparison, found)
     assert lines[2] == "| trained with it, scale 1 | 35.0 ± 24.8 | – | 3 |"
     assert lines[-1] == "| trained without, scale 7.5 | – | – | 0 |"
+    assert counted(comparison, cells) == "4 (wanted thing: shape and colour)"
     draw(comparison, found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
