@@ -38,14 +38,14 @@ from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=7500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
-    (caption_example, 0.05),
+    (caption_example, 0.15),
     (instruction_example, 0.1),
-    (story_example, 0.4),
-    (dialogue_example, 0.45),
+    (story_example, 0.35),
+    (dialogue_example, 0.4),
 )
 """Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
