@@ -117,8 +117,4 @@ def _workers(at_once: int) -> Iterator[Submit]:
         yield _do_now
         return
     with worker_pool(at_once) as pool:
-        try:
-            yield pool.submit
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        yield pool.submit

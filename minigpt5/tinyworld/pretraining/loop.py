@@ -90,6 +90,7 @@ def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: 
 
     Raises:
         InputError: the checkpoint is damaged or of another recipe.
+        KeyboardInterrupt: on Ctrl-C, with the checkpoint written.
         FloatingPointError: the loss is no number.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -101,24 +102,33 @@ def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: 
     bar = tqdm(total=recipe.steps, initial=run.step, desc=part, position=place.row, mininterval=1.0)
     started = saved = time.monotonic()
     already = run.seconds
-    while run.step < recipe.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(run.step)
-        generator = torch.Generator().manual_seed(sample_seed(place.seed, part, run.step))
-        losses = loss_of(generator)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
-        average.step(parameters)
-        run.record({name: float(value.detach()) for name, value in losses.items()})
-        bar.update()
-        bar.set_postfix({name: f"{value:.4f}" for name, value in run.recent.items()}, refresh=False)
-        now = time.monotonic()
-        run.seconds = already + now - started
-        if now - saved >= place.save_seconds:
+    is_whole = True
+    try:
+        while run.step < recipe.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(run.step)
+            generator = torch.Generator().manual_seed(sample_seed(place.seed, part, run.step))
+            losses = loss_of(generator)
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, error_if_nonfinite=True)
+            is_whole = False
+            optimizer.step()
+            average.step(parameters)
+            run.record({name: float(value.detach()) for name, value in losses.items()})
+            is_whole = True
+            bar.update()
+            bar.set_postfix({name: f"{value:.4f}" for name, value in run.recent.items()}, refresh=False)
+            now = time.monotonic()
+            run.seconds = already + now - started
+            if now - saved >= place.save_seconds:
+                run.save()
+                saved = now
+    except KeyboardInterrupt:
+        # In the middle of an update, the last checkpoint is the last state to go on from.
+        if is_whole:
             run.save()
-            saved = now
+        raise
     bar.close()
     run.save()
     average.copy_to(parameters)

@@ -96,7 +96,7 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
     assert changed - {"pretraining"} == expected[name]
 
 
-def vae_run(folder, pool, stop_after=None, recipe=QUICK):
+def vae_run(folder, pool, stop_after=None, recipe=QUICK, save_seconds=0.0):
     """Train a small step count; with ``stop_after`` the run dies in that step."""
     vae = build_foundations(300, 520, seed=1).vae
     objective = VaeObjective(vae, pool, recipe)
@@ -109,7 +109,7 @@ def vae_run(folder, pool, stop_after=None, recipe=QUICK):
         calls += 1
         return objective(generator)
 
-    measured = train("vae", vae, loss_of, recipe, Place(folder, 0, CPU, save_seconds=0))
+    measured = train("vae", vae, loss_of, recipe, Place(folder, 0, CPU, save_seconds))
     return vae.state_dict(), measured, calls
 
 
@@ -124,6 +124,15 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pool):
     again, _, calls = vae_run(tmp_path / "killed", pool)
     assert calls == 0
     assert all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+def test_ctrl_c_keeps_the_steps_done(tmp_path, pool):
+    whole, _, _ = vae_run(tmp_path / "whole", pool)
+    with pytest.raises(KeyboardInterrupt):
+        vae_run(tmp_path / "stopped", pool, stop_after=3, save_seconds=600)
+    resumed, _, calls = vae_run(tmp_path / "stopped", pool)
+    assert calls == QUICK.steps - 3
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
 def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path, pool):
