@@ -1,6 +1,6 @@
 """The parts of pretraining: what each needs, how it is trained, and what it writes into the weights folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -96,16 +96,47 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
     Raises:
         InputError: a part that it needs is not done.
     """
-    part = PARTS[name]
-    recipe = replace(part.recipe, steps=max(1, round(part.recipe.steps * scale)))
+    part, recipe = PARTS[name], scaled_recipe(name, scale)
     if is_done(place, name, recipe):
         return
-    missing = [need for need in part.needs if not is_done(place, need)]
-    if missing:
-        raise InputError(f"--parts {name}: needs {', '.join(missing)}, not yet pretrained in {place.folder}")
+    check_needs([name], place, scale)
     measured = part.run(place, recipe, pool_size)
     _forget_built_on(place, name)
     write_record(place, name, {"recipe": asdict(recipe), "seed": place.seed, "pool": pool_size, **measured})
+
+
+def check_needs(names: Collection[str], place: Place, scale: float) -> None:
+    """Check that each part finds those that it needs, done or trained before it.
+
+    Args:
+        names: keys of :data:`PARTS`, to be trained in one go.
+        place: where.
+        scale: every recipe's steps are multiplied by it.
+
+    Raises:
+        InputError: naming every part that would not, and what it needs.
+    """
+    outdated: set[str] = set()
+    problems = []
+    for name, part in PARTS.items():
+        is_outdated = bool(outdated & set(part.needs))
+        if name in names:
+            missing = [
+                need for need in part.needs if need not in names and (need in outdated or not is_done(place, need))
+            ]
+            if missing:
+                problems.append(f"{name}: needs {', '.join(missing)}")
+            is_outdated |= not is_done(place, name, scaled_recipe(name, scale))
+        if is_outdated:
+            outdated.add(name)
+    if problems:
+        raise InputError(f"--parts {'; '.join(problems)}, not yet pretrained in {place.folder}")
+
+
+def scaled_recipe(name: str, scale: float) -> Recipe:
+    """Return a part's recipe with its steps multiplied."""
+    recipe = PARTS[name].recipe
+    return replace(recipe, steps=max(1, round(recipe.steps * scale)))
 
 
 def _forget_built_on(place: Place, name: str) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from minigpt5.tinyworld.pretraining.loop import Place
-from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder, run_part
+from minigpt5.tinyworld.pretraining.parts import PARTS, check_needs, prepare_folder, run_part
 from minigpt5.tinyworld.workers import worker_pool
 
 
 def pretrain(parts: Sequence[str], place: Place, scale: float, pool_size: int, jobs: int) -> None:
-    """Train parts in an order that gives each what it needs.
+    """Train parts in an order that gives each what it needs; the first that fails ends all.
 
     Args:
         parts: keys of :data:`~minigpt5.tinyworld.pretraining.parts.PARTS`.
@@ -19,8 +19,9 @@ def pretrain(parts: Sequence[str], place: Place, scale: float, pool_size: int, j
         jobs: parts at once; the processor's cores are shared among them.
 
     Raises:
-        InputError: a part needs one that is neither done nor among ``parts``.
+        InputError: a part needs one that is neither done nor among ``parts``; nothing was trained then.
     """
+    check_needs(parts, place, scale)
     prepare_folder(place)
     waiting = [name for name in PARTS if name in parts]
     if jobs == 1:

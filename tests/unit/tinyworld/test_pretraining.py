@@ -1,7 +1,7 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 
 import pytest
@@ -35,9 +35,10 @@ from minigpt5.tinyworld.pretraining.examples import (
     instruction_example,
     story_example,
 )
-from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train
+from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train, write_record
 from minigpt5.tinyworld.pretraining.parts import (
     PARTS,
+    check_needs,
     load_folder_backbone,
     load_folder_diffusion,
     prepare_folder,
@@ -171,6 +172,35 @@ def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
     assert record["recipe"]["steps"] == PARTS["vae"].recipe.steps / 2
     assert is_done(place, "vae")
     assert not is_done(place, "unet")
+
+
+def test_missing_needs_are_told_before_anything_is_done(tmp_path):
+    place = Place(tmp_path, 0, CPU)
+    with pytest.raises(
+        InputError, match="--parts unet: needs text; vision: needs eyes, blanks, not yet pretrained"
+    ):
+        pretrain(["vae", "unet", "vision"], place, scale=1, pool_size=8, jobs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_need_that_this_training_makes_outdated_is_missing(tmp_path):
+    place = Place(tmp_path, 0, CPU)
+    for name in ("vae", "clip", "text"):
+        write_record(place, name, {"recipe": asdict(PARTS[name].recipe), "seed": 0, "pool": 8})
+    check_needs(["clip", "unet"], place, scale=1)
+    with pytest.raises(InputError, match="--parts unet: needs text, not yet"):
+        check_needs(["clip", "unet"], place, scale=2)
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_ends_those_beside_it(folder, tmp_path):
+    place = Place(tmp_path / "weights", 0, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    place.state_path("vae").parent.mkdir()
+    place.state_path("vae").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(InputError, match="vae.pt: not a readable weight file"):
+        pretrain(["vae", "clip"], place, scale=0.1, pool_size=32, jobs=2)
+    assert not is_done(place, "clip")
 
 
 def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(tmp_path, monkeypatch):
