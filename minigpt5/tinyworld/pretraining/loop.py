@@ -86,7 +86,7 @@ def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: 
         place: where.
 
     Returns:
-        Mean of each loss over the last tenth of the steps, and the seconds of all runs together.
+        Smoothed losses of the last steps, and steps and seconds of all runs together.
 
     Raises:
         InputError: the checkpoint is damaged or of another recipe.
@@ -132,7 +132,7 @@ def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: 
     bar.close()
     run.save()
     average.copy_to(parameters)
-    return {**run.recent, "seconds": run.seconds}
+    return {**run.recent, "steps": run.step, "seconds": run.seconds}
 
 
 def write_record(place: Place, part: str, values: Mapping[str, object]) -> None:
@@ -141,11 +141,14 @@ def write_record(place: Place, part: str, values: Mapping[str, object]) -> None:
 
 
 def is_done(place: Place, part: str, recipe: Recipe | None = None) -> bool:
-    """Whether a part has been trained to its end and exported, by ``recipe`` if one is given."""
+    """Whether a part has been trained to its end and exported, by ``recipe`` or more of its steps if given."""
     path = place.record_path(part)
     if not path.is_file():
         return False
-    return recipe is None or json.loads(path.read_text(encoding="utf-8"))["recipe"] == asdict(recipe)
+    if recipe is None:
+        return True
+    made = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    return made["steps"] >= recipe.steps and {**made, "steps": recipe.steps} == asdict(recipe)
 
 
 class _Run:

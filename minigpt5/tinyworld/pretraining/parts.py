@@ -85,7 +85,7 @@ class Part:
 
 
 def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_SIZE) -> None:
-    """Train one part to its end and export it; a part that is done already is left alone.
+    """Train one part to its end and export it; a part that is done by as many steps or more is left alone.
 
     Args:
         name: key of :data:`PARTS`.
@@ -101,6 +101,8 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
         return
     check_needs([name], place, scale)
     measured = part.run(place, recipe, pool_size)
+    # A checkpoint may be further than was asked.
+    recipe = replace(recipe, steps=round(measured.pop("steps", recipe.steps)))
     _forget_built_on(place, name)
     write_record(place, name, {"recipe": asdict(recipe), "seed": place.seed, "pool": pool_size, **measured})
 

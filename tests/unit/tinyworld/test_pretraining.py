@@ -222,6 +222,35 @@ def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(tmp_path, 
     assert place.state_path("unet").exists()
 
 
+def test_fewer_steps_than_were_trained_change_nothing(tmp_path, monkeypatch):
+    place = Place(tmp_path, 0, CPU)
+    runs = []
+    for name, part in PARTS.items():
+        monkeypatch.setitem(
+            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
+        )
+    for name in ("vae", "clip", "text", "unet"):
+        run_part(name, place, pool_size=8)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    runs.clear()
+    run_part("vae", place, scale=0.5, pool_size=8)
+    assert not runs
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+    run_part("vae", place, scale=2, pool_size=8)
+    assert runs == ["vae"] and not is_done(place, "unet")
+
+
+def test_the_record_tells_the_steps_of_a_checkpoint_that_is_further(folder, tmp_path, monkeypatch):
+    place = Place(tmp_path / "weights", 0, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    few = replace(PARTS["vae"].recipe, steps=4, batch_size=2)
+    monkeypatch.setitem(PARTS, "vae", replace(PARTS["vae"], recipe=few))
+    run_part("vae", place, pool_size=8)
+    place.record_path("vae").unlink()
+    run_part("vae", place, scale=0.5, pool_size=8)
+    assert json.loads(place.record_path("vae").read_text())["recipe"]["steps"] == 4
+
+
 def test_other_words_for_the_same_scene_share_their_states():
     states = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
     again = states + 0.01 * torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1))
