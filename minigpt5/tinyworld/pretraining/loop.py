@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -73,7 +74,9 @@ class Place:
         return self.folder / STATES / f"{part}.json"
 
 
-def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: Place) -> dict[str, float]:
+def train(
+    part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: Place, pool_size: int | None = None
+) -> dict[str, float]:
     """Train ``module`` in place; it ends with the average of its weights.
 
     Modules stay in eval mode: no part uses dropout, whose draws could not be repeated.
@@ -84,19 +87,20 @@ def train(part: str, module: nn.Module, loss_of: LossOf, recipe: Recipe, place: 
         loss_of: a step's random source → named losses; ``loss`` is minimised.
         recipe: how.
         place: where.
+        pool_size: pictures rendered for training, where it draws from a pool.
 
     Returns:
         Smoothed losses of the last steps, and steps and seconds of all runs together.
 
     Raises:
-        InputError: the checkpoint is damaged or of another recipe.
+        InputError: the checkpoint is damaged or of other settings.
         KeyboardInterrupt: on Ctrl-C, with the checkpoint written.
         FloatingPointError: the loss is no number.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     average = EMAModel(parameters, decay=recipe.ema_decay)
-    run = _Run(part, module, optimizer, average, recipe, place)
+    run = _Run(part, module, optimizer, average, recipe, place, pool_size)
     run.resume()
     module.eval()
     bar = tqdm(total=recipe.steps, initial=run.step, desc=part, position=place.row, mininterval=1.0)
@@ -140,15 +144,35 @@ def write_record(place: Place, part: str, values: Mapping[str, object]) -> None:
     _replace(place.record_path(part), (json.dumps(dict(values), indent=1) + "\n").encode())
 
 
+def read_record(place: Place, part: str) -> dict[str, Any]:
+    """Return how a part was trained; empty for one that is not done."""
+    path = place.record_path(part)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def is_done(place: Place, part: str, recipe: Recipe | None = None) -> bool:
     """Whether a part has been trained to its end and exported, by ``recipe`` or more of its steps if given."""
-    path = place.record_path(part)
-    if not path.is_file():
-        return False
-    if recipe is None:
-        return True
-    made = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    return made["steps"] >= recipe.steps and {**made, "steps": recipe.steps} == asdict(recipe)
+    made = read_record(place, part)
+    if not made or recipe is None:
+        return bool(made)
+    return made["recipe"]["steps"] >= recipe.steps and {**made["recipe"], "steps": recipe.steps} == asdict(recipe)
+
+
+def refuse_other_settings(path: Path, made: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Raise an :class:`InputError` if a file of pretraining was made with other settings.
+
+    Args:
+        path: the file, for the message.
+        made: its settings; what an older file lacks is no difference.
+        wanted: those of this run.
+    """
+    others = [
+        f"{name} {made[name]} (now {value})"
+        for name, value in wanted.items()
+        if name in made and made[name] != value
+    ]
+    if others:
+        raise InputError(f"{path}: made with other settings: {', '.join(others)}; give another --out or remove it")
 
 
 class _Run:
@@ -162,11 +186,14 @@ class _Run:
         average: EMAModel,
         recipe: Recipe,
         place: Place,
+        pool_size: int | None,
     ) -> None:
         self.path = place.state_path(part)
         self.module, self.optimizer, self.average = module, optimizer, average
         # Plain numbers decide what a step does; more steps may be asked of a finished run.
         self.settings = {**asdict(recipe), "seed": place.seed}
+        if pool_size is not None:
+            self.settings["pool"] = pool_size
         self.step = 0
         self.seconds = 0.0
         self.recent: dict[str, float] = {}
@@ -200,16 +227,8 @@ class _Run:
         if not self.path.is_file():
             return
         content = read_torch_file(self.path, "--out")
-        settings = content.get("settings", {})
-        others = [
-            f"{name} {settings.get(name)} (now {value})"
-            for name, value in self.settings.items()
-            if name != "steps" and settings.get(name) != value
-        ]
-        if others:
-            raise InputError(
-                f"{self.path}: made with other settings: {', '.join(others)}; give another --out or remove it"
-            )
+        wanted = {name: value for name, value in self.settings.items() if name != "steps"}
+        refuse_other_settings(self.path, content.get("settings", {}), wanted)
         try:
             self.module.load_state_dict(content["model"])
             self.average.load_state_dict(content["average"])

@@ -1,6 +1,6 @@
 """The parts of pretraining: what each needs, how it is trained, and what it writes into the weights folder."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,7 +43,15 @@ from minigpt5.tinyworld.pretraining.clip import (
 from minigpt5.tinyworld.pretraining.examples import PictureWriter
 from minigpt5.tinyworld.pretraining.language import RECIPE as LANGUAGE_RECIPE
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
-from minigpt5.tinyworld.pretraining.loop import Place, Recipe, is_done, train, write_record
+from minigpt5.tinyworld.pretraining.loop import (
+    Place,
+    Recipe,
+    is_done,
+    read_record,
+    refuse_other_settings,
+    train,
+    write_record,
+)
 from minigpt5.tinyworld.pretraining.pool import make_pool
 from minigpt5.tinyworld.pretraining.text import RECIPE as TEXT_RECIPE
 from minigpt5.tinyworld.pretraining.text import CaptionReader, ReadingObjective
@@ -77,11 +85,13 @@ class Part:
         needs: parts that must be done before.
         recipe: how it is trained.
         run: trains and exports; returns what is worth recording.
+        has_pool: whether it learns from the rendered pool, whose size then decides what becomes of it.
     """
 
     needs: tuple[str, ...]
     recipe: Recipe
     run: Callable[[Place, Recipe, int], Measured]
+    has_pool: bool = True
 
 
 def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_SIZE) -> None:
@@ -94,9 +104,10 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
         pool_size: pictures rendered for training.
 
     Raises:
-        InputError: a part that it needs is not done.
+        InputError: a part that it needs is not done, or this one was made with another seed or pool.
     """
     part, recipe = PARTS[name], scaled_recipe(name, scale)
+    check_settings([name], place, pool_size)
     if is_done(place, name, recipe):
         return
     check_needs([name], place, scale)
@@ -105,6 +116,22 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
     recipe = replace(recipe, steps=round(measured.pop("steps", recipe.steps)))
     _forget_built_on(place, name)
     write_record(place, name, {"recipe": asdict(recipe), "seed": place.seed, "pool": pool_size, **measured})
+
+
+def check_settings(names: Iterable[str], place: Place, pool_size: int) -> None:
+    """Check that no part is done already with another seed or another number of pictures.
+
+    Args:
+        names: keys of :data:`PARTS`.
+        place: where.
+        pool_size: pictures rendered for training.
+
+    Raises:
+        InputError: naming the first that is.
+    """
+    for name in names:
+        wanted = {"seed": place.seed} | ({"pool": pool_size} if PARTS[name].has_pool else {})
+        refuse_other_settings(place.record_path(name), read_record(place, name), wanted)
 
 
 def check_needs(names: Collection[str], place: Place, scale: float) -> None:
@@ -165,7 +192,7 @@ def _fresh(place: Place) -> Foundations:
 def _train_vae(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     vae = _fresh(place).vae.to(place.device, memory_format=torch.channels_last)
     pool = make_pool(pool_size, place.seed)
-    measured = train("vae", vae, VaeObjective(vae, pool, recipe), recipe, place)
+    measured = train("vae", vae, VaeObjective(vae, pool, recipe), recipe, place, pool_size)
     factor = latent_scale(vae, pool)
     vae.register_to_config(scaling_factor=round(factor, 5))
     save_half(vae.to("cpu", memory_format=torch.contiguous_format), place.folder / "sd" / "vae")
@@ -177,7 +204,7 @@ def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     pair = VisionTextPair(models.vision, models.text_encoder).to(place.device)
     encode = caption_ids(load_clip_tokenizer(place.folder / "sd" / "tokenizer"))
     objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
-    measured = train("clip", pair, objective, recipe, place)
+    measured = train("clip", pair, objective, recipe, place, pool_size)
     save_half(models.text_encoder.to("cpu"), place.folder / "sd" / "text_encoder")
     return measured
 
@@ -199,7 +226,7 @@ def _train_scorer(place: Place, recipe: Recipe, pool_size: int) -> Measured:
         pair = ScorerPair(_fresh(place).clip, CLIP_TOKEN_ROWS).to(place.device)
     encode = scorer_ids(pair.scorer.context_length)
     objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
-    measured = train("scorer", pair, objective, recipe, place)
+    measured = train("scorer", pair, objective, recipe, place, pool_size)
     save_compact_clip(place.folder / "clip", pair.to("cpu").finished().half(), CLIP, CLIP_TOKEN_ROWS)
     return measured
 
@@ -230,7 +257,7 @@ def _train_unet(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     diffusion.unet = _fresh(place).unet
     diffusion.to(place.device)
     objective = UnetObjective(diffusion, make_pool(pool_size, place.seed), recipe)
-    measured = train("unet", diffusion.unet, objective, recipe, place)
+    measured = train("unet", diffusion.unet, objective, recipe, place, pool_size)
     save_half(diffusion.unet.to("cpu"), place.folder / "sd" / "unet")
     return measured
 
@@ -241,7 +268,12 @@ def _train_sight(place: Place, recipe: Recipe, pool_size: int) -> Measured:
         torch.manual_seed(place.seed)
         reader = PictureReader(models.vision, VISION.hidden_size).to(place.device)
     measured = train(
-        "sight", reader, SightObjective(reader, make_pool(_SEEN * pool_size, place.seed), recipe), recipe, place
+        "sight",
+        reader,
+        SightObjective(reader, make_pool(_SEEN * pool_size, place.seed), recipe),
+        recipe,
+        place,
+        pool_size,
     )
     _save_eyes(place, Eyes(models.vision.to("cpu"), models.qformer, models.projection))
     return measured
@@ -253,7 +285,9 @@ def _train_eyes(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     eyes = Eyes(backbone.vision, backbone.qformer, backbone.projection)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
     pool = make_pool(_SEEN * pool_size, place.seed)
-    measured = train("eyes", eyes, EyesObjective(eyes, backbone.embedding_VH, writer, pool, recipe), recipe, place)
+    measured = train(
+        "eyes", eyes, EyesObjective(eyes, backbone.embedding_VH, writer, pool, recipe), recipe, place, pool_size
+    )
     _save_eyes(place, eyes.to("cpu"))
     return measured
 
@@ -294,13 +328,13 @@ def _save_eyes(place: Place, eyes: Eyes) -> None:
 PARTS: dict[str, Part] = {
     "vae": Part((), VAE_RECIPE, _train_vae),
     "clip": Part((), CLIP_RECIPE, _train_clip),
-    "language": Part((), LANGUAGE_RECIPE, _train_language),
-    "text": Part(("clip",), TEXT_RECIPE, _train_text),
+    "language": Part((), LANGUAGE_RECIPE, _train_language, has_pool=False),
+    "text": Part(("clip",), TEXT_RECIPE, _train_text, has_pool=False),
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
-    "blanks": Part(("language",), BLANK_RECIPE, _train_blanks),
+    "blanks": Part(("language",), BLANK_RECIPE, _train_blanks, has_pool=False),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
     "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes),
-    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision),
+    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision, has_pool=False),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

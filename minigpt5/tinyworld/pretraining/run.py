@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from minigpt5.tinyworld.pretraining.loop import Place
-from minigpt5.tinyworld.pretraining.parts import PARTS, check_needs, prepare_folder, run_part
+from minigpt5.tinyworld.pretraining.parts import PARTS, check_needs, check_settings, prepare_folder, run_part
 from minigpt5.tinyworld.workers import worker_pool
 
 
@@ -19,8 +19,10 @@ def pretrain(parts: Sequence[str], place: Place, scale: float, pool_size: int, j
         jobs: parts at once; the processor's cores are shared among them.
 
     Raises:
-        InputError: a part needs one that is neither done nor among ``parts``; nothing was trained then.
+        InputError: a part needs one that is neither done nor among ``parts``, or one is done with another seed or
+            pool; nothing was trained then.
     """
+    check_settings(parts, place, pool_size)
     check_needs(parts, place, scale)
     prepare_folder(place)
     waiting = [name for name in PARTS if name in parts]

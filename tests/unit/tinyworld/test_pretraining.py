@@ -174,6 +174,34 @@ def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
     assert not is_done(place, "unet")
 
 
+def test_a_finished_part_of_another_seed_or_pool_is_refused(tmp_path):
+    place, other = Place(tmp_path, 0, CPU), Place(tmp_path, 7, CPU)
+    for name in ("vae", "language"):
+        write_record(place, name, {"recipe": asdict(PARTS[name].recipe), "seed": 0, "pool": 12000})
+    message = r"vae\.json: made with other settings: seed 0 \(now 7\), pool 12000 \(now 64\); give another --out"
+    with pytest.raises(InputError, match=message):
+        pretrain(["clip", "vae"], other, scale=1, pool_size=64, jobs=1)
+    with pytest.raises(InputError, match=message):
+        run_part("vae", other, pool_size=64)
+    run_part("language", place, pool_size=64)  # it draws its own examples
+    with pytest.raises(InputError, match=r"language\.json: made with other settings: seed 0 \(now 7\);"):
+        run_part("language", other)
+
+
+def test_a_checkpoint_of_another_pool_is_refused_and_an_older_one_read(folder, tmp_path):
+    place = Place(tmp_path / "weights", 0, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    part = PARTS["vae"]
+    quick = replace(part.recipe, steps=1, batch_size=2)
+    part.run(place, quick, 8)
+    with pytest.raises(InputError, match=r"vae\.pt: made with other settings: pool 8 \(now 16\); give another"):
+        part.run(place, quick, 16)
+    content = torch.load(place.state_path("vae"))
+    del content["settings"]["pool"]
+    torch.save(content, place.state_path("vae"))
+    assert part.run(place, quick, 16)["steps"] == 1
+
+
 def test_missing_needs_are_told_before_anything_is_done(tmp_path):
     place = Place(tmp_path, 0, CPU)
     with pytest.raises(
