@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from minigpt4.config import QFormerConfig, VisionConfig
+from minigpt4.errors import InputError
 from minigpt4.qformer import QFormer
 from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
 from minigpt4.vision import VisionEncoder
@@ -115,6 +116,9 @@ CLIP: dict[str, Any] = {
 }
 CLIP_TOKEN_ROWS = 1159
 """Stored rows of the token embedding: the least number at which no two of the tiny world's tokens share one."""
+_KEPT = ("*.pth", *(f"{name}/**/*.{end}" for name in ("llama", "sd", "clip") for end in ("safetensors", "bin")))
+_KEPT += ("features/*.safetensors", "pretraining/*")
+"""Files of models and of their pretraining."""
 FEATURE_WIDTH, FEATURE_GRID, FID_FEATURES, INCEPTION_CLASSES = 16, 4, 64, 64
 
 
@@ -177,7 +181,13 @@ def write_foundations(folder: Path, seed: int) -> dict[str, int]:
 
     Returns:
         Written file, relative to ``folder`` → its size in bytes.
+
+    Raises:
+        InputError: the folder holds models already, or what their pretraining left.
     """
+    held = sorted(path for pattern in _KEPT for path in folder.glob(pattern))
+    if held:
+        raise InputError(f"--out {folder}: holds {held[0].relative_to(folder)} already; give another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     train_language_tokenizer(folder / "llama", seed)
     clip_tokens = train_clip_tokenizer(folder / "sd" / "tokenizer", seed)

@@ -5,11 +5,13 @@ import torch
 
 from minigpt4.backbone import load_backbone
 from minigpt4.config import BackboneConfig, LanguageModelConfig
+from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
 from minigpt5.config import PROJECT_ROOT, DiffusionConfig, Stage, load_config
 from minigpt5.diffusion import load_clip_tokenizer, load_diffusion
 from minigpt5.metrics.local import load_compact_clip, load_feature_network
 from minigpt5.model import build_model
+from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.foundations import (
     CLIP_TOKEN_ROWS,
     FID_FEATURES,
@@ -44,6 +46,19 @@ def backbone_config(folder: Path) -> BackboneConfig:
         projection_weights=str(folder / "minigpt4.pth"),
         language_model=LanguageModelConfig(weights=str(folder / "llama")),
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["eva_vit.pth", "llama/pytorch_model.bin", "sd/vae/x.safetensors", "pretraining/vae.json"]
+)
+def test_models_are_not_written_over_others(tmp_path, name):
+    kept = tmp_path / name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(b"trained")
+    with pytest.raises(InputError, match=f"--out .*: holds {name} already; give another or remove it"):
+        main(["init", "--out", str(tmp_path)])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+    assert kept.read_bytes() == b"trained"
 
 
 @torch.no_grad()
