@@ -8,16 +8,20 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from minigpt4.errors import InputError  # noqa: E402  found by the line above
+from minigpt5.cli import run_command  # noqa: E402
+
 SUITES = ("train", "generate", "load", "data", "metric")
 PRESETS = ("tiny", "mid", "7b")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--preset", choices=PRESETS, default="mid", help="mid is CPU-sized; 7b needs a GPU")
@@ -27,11 +31,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one a core)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    for name in ("repeats", "threads"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise InputError(f"--{name} {number}: give at least 1")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {arguments.out}: cannot be made a folder ({error.strerror})") from None
     threads = arguments.threads or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
@@ -39,9 +51,9 @@ def main() -> None:
     from benchmarks import harness
 
     torch.set_num_threads(threads)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = harness.open_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.preset == "7b" and device.type == "cpu" and arguments.suite not in ("load", "data", "metric"):
-        sys.exit("error: --preset 7b: needs a GPU; on a CPU take --preset mid")
+        raise InputError("--preset 7b: needs a GPU; on a CPU take --preset mid")
     for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
         module = importlib.import_module(f"benchmarks.{suite}")
         settings = harness.Settings(suite, arguments.preset, arguments.repeats, arguments.seed, device, threads)
@@ -54,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

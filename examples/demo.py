@@ -124,11 +124,15 @@ def run_jobs(out: Path, config: str) -> None:
 
 def fresh_folder(folder: Path) -> None:
     """Make an empty folder; only an earlier demo's is replaced."""
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --out {folder}: cannot be made a folder ({error.strerror}); name another")
+    if any(folder.iterdir()):
         if not (folder / MARK).exists():
             sys.exit(f"error: --out {folder}: holds other files; name a new folder")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
     (folder / MARK).touch()
 
 

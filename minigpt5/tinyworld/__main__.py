@@ -159,6 +159,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     from minigpt5.tinyworld.quality import score_folder
 
+    if options.page:
+        _folder(options.page.parent, "--page")
+        if options.page.is_dir():
+            raise InputError(f"--page {options.page}: is a folder; name a file")
     missed = []
     for folder in options.folders:
         print(f"{folder}:")
@@ -204,11 +208,11 @@ def _report(folder: Path, parts: Sequence[str], count: int, seed: int) -> int:
     return FLOORS_NOT_MET if missed else 0
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, flag: str = "--out") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {path}: cannot be made a folder ({error.strerror}); give another") from None
+        raise InputError(f"{flag} {path}: cannot be made a folder ({error.strerror}); give another") from None
     return path
 
 

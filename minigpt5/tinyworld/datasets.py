@@ -49,7 +49,7 @@ def write_datasets(folder: Path, sizes: Sizes, seed: int, names: tuple[str, ...]
         Written file → number of its records.
 
     Raises:
-        InputError: a negative size or an unknown name.
+        InputError: a negative size, an unknown name, or a file where a folder belongs or the reverse.
     """
     if unknown := sorted(set(names) - set(WRITERS)):
         raise InputError(f"no tiny data set {', '.join(unknown)}; known: {', '.join(WRITERS)}")
@@ -60,7 +60,13 @@ def write_datasets(folder: Path, sizes: Sizes, seed: int, names: tuple[str, ...]
     for name in names or tuple(WRITERS):
         for split, count in counts.items():
             if count:
-                written |= WRITERS[name](folder, split, count, seed)
+                try:
+                    written |= WRITERS[name](folder, split, count, seed)
+                except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+                    where = error.filename or folder
+                    raise InputError(
+                        f"--out {folder}: cannot write {where} ({error.strerror}); give another or remove it"
+                    ) from None
     return written
 
 

@@ -53,3 +53,12 @@ def test_api_example_asks_twice():
     assert "first:" in done.stdout
     assert "second:" in done.stdout
     assert "(64, 64)" in done.stdout
+
+
+def test_demo_refuses_a_file_for_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        done = run("demo.py", "--out", str(tmp_path / out))
+        assert done.returncode != 0
+        assert done.stderr.startswith(f"error: --out {tmp_path / out}: cannot be made a folder")
+        assert "Traceback" not in done.stderr

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import floor, generate, train
+from benchmarks import floor, generate, metric, run, train
 from benchmarks.harness import Row, Settings, alternate
+from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, Stage, load_config
 from minigpt5.model import build_random
 
@@ -62,6 +63,23 @@ def test_counted_floor_of_a_small_model():
     counted = parts["LLaMA forward, constants"].flop
     assert products * 0.99 < counted < products * 1.1  # attention's own products come on top
     assert parts["UNet forward"].flop > 0 and "ViT and Q-Former" in parts
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--repeats", "0"], "--repeats 0: give at least 1"),
+        (["--threads", "0"], "--threads 0: give at least 1"),
+        (["--device", "foo"], "--device foo: "),
+        (["--out", __file__], "cannot be made a folder"),
+    ],
+)
+def test_bad_flags_are_told_before_anything_is_measured(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(metric, "measure", lambda settings: pytest.fail("measured"))
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert run_command(run.main, ["--suite", "metric", "--preset", "tiny", *threads, *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and message.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -150,6 +150,20 @@ def test_the_page_shows_every_data_sets_shares_and_replies_with_pictures_that_ar
     assert "85% not reached" in html
 
 
+def test_the_pages_place_is_checked_before_anything_is_scored(tmp_path, capsys):
+    folder = str(tmp_path / "one")
+    store(tmp_path / "one", "cc3m", ("caption", "", WANTED, WANTED, None))
+    assert main(["score", folder, "--page", str(tmp_path / "new" / "deep" / "page.html")]) == 0
+    assert (tmp_path / "new" / "deep" / "page.html").is_file()
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(InputError, match="--page .*file: cannot be made a folder"):
+        main(["score", folder, "--page", str(tmp_path / "file" / "page.html")])
+    with pytest.raises(InputError, match="--page .*new: is a folder"):
+        main(["score", folder, "--page", str(tmp_path / "new")])
+    assert not capsys.readouterr().out
+
+
 def test_a_prompts_pictures_stand_in_their_places(tmp_path):
     store(tmp_path / "a", "vist", ("understanding", "", None, None, WANTED))
     path = tmp_path / "a" / "predictions.jsonl"

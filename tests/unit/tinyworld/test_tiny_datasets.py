@@ -27,6 +27,14 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("name", ["CC3M", "CC3M/val", "VIST", "MMDialog"])
+def test_a_file_where_a_folder_belongs_is_one_clear_error(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"--out {tmp_path}: cannot write .*/{name}.*; give another or remove it"):
+        main(["data", "--out", str(tmp_path), "--val", "2"])
+
+
 def same(picture_path, scene):
     found = recognise(Image.open(picture_path))
     return (set(found.things), found.background) == (set(scene.things), scene.background)
