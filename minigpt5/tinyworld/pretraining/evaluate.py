@@ -135,7 +135,7 @@ def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> Itera
 
     Args:
         folder: in the layout of the shipped weights.
-        parts: keys of :data:`MEASURES`; others are passed over.
+        parts: keys of :data:`MEASURES`.
         count: held-out pictures; the retrieval is the mean over groups of :data:`RETRIEVAL`.
         seed: decides the pictures.
 
@@ -144,8 +144,7 @@ def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> Itera
     """
     data = HeldOut.draw(count, seed)
     for part in parts:
-        if part in MEASURES:
-            yield from MEASURES[part](folder, data)
+        yield from MEASURES[part](folder, data)
 
 
 def default_sampling() -> GenerationConfig:

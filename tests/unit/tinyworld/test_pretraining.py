@@ -10,7 +10,7 @@ import torch
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
 from minigpt5.images import CLIP_MEAN, CLIP_STD
-from minigpt5.tinyworld.__main__ import main
+from minigpt5.tinyworld.__main__ import MEASURED, main
 from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
@@ -23,7 +23,7 @@ from minigpt5.tinyworld.pretraining.blanks import (
     blank_starts,
 )
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
-from minigpt5.tinyworld.pretraining.evaluate import HeldOut, Measure, names_all
+from minigpt5.tinyworld.pretraining.evaluate import MEASURES, HeldOut, Measure, names_all
 from minigpt5.tinyworld.pretraining.examples import (
     BLANK,
     Example,
@@ -507,6 +507,19 @@ def test_evaluate_prints_floors_and_names_what_is_not_met(folder, capsys):
     assert "floor  95%   NOT MET" in printed.out
     assert printed.err == "floors not met: retrieval: top-1 of 100\n"
     assert Measure("vae", "x", 0.99, 0.99).met
+
+
+def test_evaluate_takes_the_parts_that_are_measured(capsys):
+    assert tuple(MEASURES) == MEASURED
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--parts", "blanks", "text"])
+    assert "invalid choice: 'blanks'" in capsys.readouterr().err
+
+
+def test_pretrain_tells_which_parts_have_no_floor(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.pretrain", lambda *_: None)
+    assert main(["pretrain", "--out", str(tmp_path), "--parts", "text", "clip"]) == 0
+    assert capsys.readouterr().out == "no floor of their own: clip, text\n"
 
 
 @pytest.mark.parametrize(
