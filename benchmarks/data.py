@@ -32,11 +32,11 @@ BATCH_SIZE = 4
 
 def measure(settings: Settings) -> Report:
     """Index the same file both ways, each in a process of its own, in turn."""
-    report = Report(settings)
+    report = Report(settings, rounds=max(1, settings.repeats // 2))
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), ROWS[settings.preset], settings.seed)
         runs: dict[str, list[dict[str, Any]]] = {"reference": [], "ours": []}
-        for _ in range(max(1, settings.repeats // 2)):
+        for _ in range(report.rounds):
             for path, found in runs.items():
                 found.append(in_child(settings, f"{path}:{folder}"))
     digests = {run["digest"] for found in runs.values() for run in found}

@@ -75,6 +75,11 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     equal: list[str] = field(default_factory=list)
     """What was compared, and found equal, before anything was timed."""
+    rounds: int = 0
+    """Counted rounds behind each time; 0 takes what the command line asked for."""
+
+    def __post_init__(self) -> None:
+        self.rounds = self.rounds or self.settings.repeats
 
     def add(self, name: str, unit: str, reference: float | None, ours: float, **more: Any) -> None:
         """Append a row."""
@@ -169,7 +174,8 @@ def describe_machine(settings: Settings) -> dict[str, Any]:
 def print_table(report: Report) -> None:
     """Print a suite's rows."""
     settings = report.settings
-    print(f"\n{settings.suite} · {settings.preset} · median of {settings.repeats} · {settings.device}")
+    counted = f"median of {report.rounds}" if report.rounds > 1 else "one round"
+    print(f"\n{settings.suite} · {settings.preset} · {counted} · {settings.device}")
     for compared in report.equal:
         print(f"  equal: {compared}")
     header = ("", "reference", "ours", "", "ratio", "")
@@ -199,7 +205,7 @@ def write_json(report: Report, folder: Path) -> Path:
         "suite": settings.suite,
         "preset": settings.preset,
         "seed": settings.seed,
-        "repeats": settings.repeats,
+        "rounds": report.rounds,
         "machine": describe_machine(settings),
         "equal": report.equal,
         "rows": [{**asdict(row), "ratio": row.ratio} for row in report.rows],

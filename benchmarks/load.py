@@ -44,8 +44,8 @@ FIRST_SHARD = 0.74
 
 
 def measure(settings: Settings) -> Report:
-    """Load the same tensors from both layouts, each path in a process of its own."""
-    report = Report(settings)
+    """Load the same tensors from both layouts, each path once, in a process of its own."""
+    report = Report(settings, rounds=1)
     with tempfile.TemporaryDirectory() as folder:
         size = _write(Path(folder), settings) / GIBIBYTE
         found = {}

@@ -25,7 +25,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--preset", choices=PRESETS, default="mid", help="mid is CPU-sized; 7b needs a GPU")
-    parser.add_argument("--repeats", type=int, default=5, help="counted rounds; medians are reported")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="counted rounds, of which medians are reported; data runs half as many, load one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="default: the GPU if there is one")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one a core)")

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import floor, generate, metric, run, train
+from benchmarks import data, floor, generate, harness, load, metric, run, train
 from benchmarks.harness import Row, Settings, alternate
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, Stage, load_config
@@ -80,6 +81,19 @@ def test_bad_flags_are_told_before_anything_is_measured(flags, words, monkeypatc
     assert run_command(run.main, ["--suite", "metric", "--preset", "tiny", *threads, *flags]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and words in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("suite", "rounds", "words"), [(data, 2, "median of 2"), (load, 1, "one round")])
+def test_suites_tell_how_many_rounds_they_ran(suite, rounds, words, tmp_path, monkeypatch, capsys):
+    calls = []
+    values = {"seconds": 1.0, "peak": 1, "random": 1.0, "anonymous": 1, "digest": 0}
+    monkeypatch.setattr(suite, "in_child", lambda settings, path: calls.append(path) or values)
+    monkeypatch.setattr(suite, "_write", lambda *_: 1)
+    report = suite.measure(replace(settings(suite.__name__), repeats=5))
+    harness.print_table(report)
+    assert words in capsys.readouterr().out
+    assert json.loads(harness.write_json(report, tmp_path).read_text())["rounds"] == rounds
+    assert len({calls.count(path) for path in calls}) == 1 and calls.count(calls[0]) == rounds
 
 
 @pytest.mark.slow
