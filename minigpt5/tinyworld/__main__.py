@@ -127,8 +127,9 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from minigpt5.tinyworld.foundations import write_foundations
+    from minigpt5.tinyworld.foundations import refuse_models, write_foundations
 
+    refuse_models(options.out)
     for path, size in write_foundations(_folder(options.out), options.seed).items():
         print(f"{path}: {size / 1024:.0f} KiB")
 

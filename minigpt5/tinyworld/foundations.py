@@ -176,18 +176,19 @@ def save_foundations(models: Foundations, folder: Path) -> None:
     save_file(models.inception.state_dict(), folder / "features" / "is_features.safetensors")
 
 
+def refuse_models(folder: Path) -> None:
+    """Raise an :class:`InputError` if a folder holds models already, or what their pretraining left."""
+    held = sorted(path for pattern in _KEPT for path in folder.glob(pattern))
+    if held:
+        raise InputError(f"--out {folder}: holds {held[0].relative_to(folder)} already; give another or remove it")
+
+
 def write_foundations(folder: Path, seed: int) -> dict[str, int]:
     """Train the tokenizers, initialise every model at random and write all into ``folder``.
 
     Returns:
         Written file, relative to ``folder`` → its size in bytes.
-
-    Raises:
-        InputError: the folder holds models already, or what their pretraining left.
     """
-    held = sorted(path for pattern in _KEPT for path in folder.glob(pattern))
-    if held:
-        raise InputError(f"--out {folder}: holds {held[0].relative_to(folder)} already; give another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     train_language_tokenizer(folder / "llama", seed)
     clip_tokens = train_clip_tokenizer(folder / "sd" / "tokenizer", seed)

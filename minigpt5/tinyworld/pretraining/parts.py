@@ -27,6 +27,7 @@ from minigpt5.tinyworld.foundations import (
     VISION,
     Foundations,
     build_foundations,
+    refuse_models,
     write_foundations,
 )
 from minigpt5.tinyworld.pretraining.blanks import RECIPE as BLANK_RECIPE
@@ -44,6 +45,7 @@ from minigpt5.tinyworld.pretraining.examples import PictureWriter
 from minigpt5.tinyworld.pretraining.language import RECIPE as LANGUAGE_RECIPE
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
 from minigpt5.tinyworld.pretraining.loop import (
+    STATES,
     Place,
     Recipe,
     is_done,
@@ -178,9 +180,20 @@ def _forget_built_on(place: Place, name: str) -> None:
 
 
 def prepare_folder(place: Place) -> None:
-    """Write tokenizers and random models where there are none, so that every part finds the others' files."""
-    if not (place.folder / "sd" / "model_index.json").is_file():
-        write_foundations(place.folder, place.seed)
+    """Write tokenizers and random models where there are none, so that every part finds the others' files.
+
+    Raises:
+        InputError: some of the models are there, but not all.
+    """
+    begun = place.folder / STATES / "preparing"
+    if not begun.is_file():
+        if (place.folder / "sd" / "model_index.json").is_file():
+            return
+        refuse_models(place.folder)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    write_foundations(place.folder, place.seed)
+    begun.unlink()
 
 
 def _fresh(place: Place) -> Foundations:

@@ -65,6 +65,24 @@ def folder(tmp_path_factory):
     return place.folder
 
 
+def test_a_preparation_that_was_killed_is_done_again_but_others_models_stay(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    place = Place(tmp_path, 0, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt5.tinyworld.foundations.save_diffusion", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(place)
+    assert (tmp_path / "eva_vit.pth").is_file()
+    prepare_folder(place)
+    assert (tmp_path / "sd" / "unet").is_dir()
+    assert not list((tmp_path / "pretraining").iterdir())
+    (tmp_path / "sd" / "model_index.json").unlink()
+    with pytest.raises(InputError, match="holds .* already"):
+        prepare_folder(place)
+
+
 @pytest.fixture(scope="module")
 def pool():
     return make_pool(32, seed=3)
