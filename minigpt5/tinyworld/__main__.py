@@ -12,7 +12,7 @@ from minigpt5.cli import run_command
 from minigpt5.tinyworld.experiments.comparisons import COMPARISONS, Sizes
 
 DATA_SETS = ("cc3m", "vist", "mmdialog")
-PARTS = ("vae", "clip", "text", "language", "unet", "blanks", "sight", "eyes", "vision", "scorer")
+PARTS = ("vae", "clip", "text", "language", "unet", "blanks", "accord", "sight", "eyes", "vision", "scorer")
 MEASURED = ("vae", "unet", "vision", "scorer")
 """Parts with a floor of their own."""
 SHIPPED = Path(__file__).resolve().parent / "weights"

@@ -2,10 +2,11 @@
 
 A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
 of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
-one each and a second one where there are more, all but the first state, which says that a picture comes; and
-through noise, so that everything is said about equally loud. And they must be the states that the picture's mere
-caption would lead to: a mapper that has learned from captions then understands stories and dialogues too. Half of
-each batch is text as before, so that nothing is forgotten.
+through noise, so that everything is said about equally loud: at first each state all of them, which makes every
+attribute easy to find for a mapper that has seen little; then one each and a second one where there are more, all
+but the first state, which says that a picture comes. And they must be the states that the picture's mere caption
+would lead to: a mapper that has learned from captions then understands stories and dialogues too. Half of each
+batch is text as before, so that nothing is forgotten.
 Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words of one.
 """
 
@@ -38,7 +39,9 @@ from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=7500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+ACCORD_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+"""Of the second part, in which the states share the words."""
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
@@ -50,7 +53,8 @@ _MAKERS: tuple[tuple[Maker, float], ...] = (
 """Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
-CONTEXT_WEIGHT = 3.0
+CONTEXT_WEIGHT = 1.0
+ACCORD_CONTEXT_WEIGHT = 5.0
 """Little of a state comes from elsewhere than the picture, but the mapper would stumble over it."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
@@ -59,6 +63,24 @@ _READING_NOISE = 1.0
 
 
 class BlankReader(nn.Module):
+    """A language model, and what only training needs: a matrix for each word, by which every state tells it.
+
+    Args:
+        model: trained.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.hidden_size
+        self.places = nn.Linear(width, WORDS * width)
+
+    def forward(self, states_PNH: Tensor) -> Tensor:
+        """Return logits of the picture's words by each state ``[P, N, X, V]``."""
+        return self.model.lm_head(self.places(states_PNH).unflatten(-1, (WORDS, -1)))
+
+
+class AccordReader(nn.Module):
     """A language model, and what only training needs: a state's second word, behind the first words of all states.
 
     Args:
@@ -71,10 +93,10 @@ class BlankReader(nn.Module):
         self.second = nn.Linear(model.config.hidden_size, model.config.hidden_size)
 
     def forward(self, states_PNH: Tensor) -> Tensor:
-        """Return logits of the picture's words ``[P, X, V]`` by all states but the first."""
+        """Return logits of the picture's words ``[P, 1, X, V]`` by all states but the first together."""
         telling_PNH = states_PNH[:, 1:]
         telling_PXH = torch.cat([telling_PNH, self.second(telling_PNH)], dim=1)
-        return self.model.lm_head(telling_PXH[:, :WORDS])
+        return self.model.lm_head(telling_PXH[:, None, :WORDS])
 
 
 class BlankObjective:
@@ -84,15 +106,23 @@ class BlankObjective:
         reader: trained.
         writer: tokens of examples.
         recipe: batch size.
+        context_weight: of how far states are from those that captions lead to.
     """
 
-    def __init__(self, reader: BlankReader, writer: PictureWriter, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        reader: BlankReader | AccordReader,
+        writer: PictureWriter,
+        recipe: Recipe,
+        context_weight: float = CONTEXT_WEIGHT,
+    ) -> None:
         self.reader, self.model, self.writer = reader, reader.model, writer
+        self.context_weight = context_weight
         self.batch_size = max(1, recipe.batch_size // 2)
         self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the loss, its parts, and the share of pictures of which every word is told."""
+        """Return the loss, its parts, and the share of pictures, or their states, that tell every word."""
         text = self.text(generator)["loss"]
         rng = python_random(generator)
         examples = self.draw(rng)
@@ -103,16 +133,17 @@ class BlankObjective:
         states_PNH, context = torch.cat([states_PNH, plain_PNH]), wording_share(states_PNH, plain_PNH)
         noise_PNH = torch.randn(states_PNH.shape, generator=generator).to(states_PNH)
         spread = states_PNH.detach().std(dim=0).mean()
-        logits_PXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
+        logits_PNXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
         words_PX = self.words(scenes * 2).to(states_PNH.device)
-        told = F.cross_entropy(logits_PXV.transpose(1, 2), words_PX, ignore_index=IGNORE_INDEX)
-        right_PX = (logits_PXV.argmax(dim=-1) == words_PX) | (words_PX == IGNORE_INDEX)
+        words_PNX = words_PX[:, None].expand(logits_PNXV.shape[:-1])
+        told = F.cross_entropy(logits_PNXV.flatten(0, 2), words_PNX.flatten(), ignore_index=IGNORE_INDEX)
+        right_PNX = (logits_PNXV.argmax(dim=-1) == words_PNX) | (words_PNX == IGNORE_INDEX)
         return {
-            "loss": text + (errors + plain_errors) / 2 + told + CONTEXT_WEIGHT * context,
+            "loss": text + (errors + plain_errors) / 2 + told + self.context_weight * context,
             "text": text,
             "told": told,
             "context": context,
-            "all_told": right_PX.all(dim=-1).float().mean(),
+            "all_told": right_PNX.all(dim=-1).float().mean(),
         }
 
     def states(self, examples: Sequence[Example], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -106,21 +106,9 @@ def train(
     bar = tqdm(total=recipe.steps, initial=run.step, desc=part, position=place.row, mininterval=1.0)
     started = saved = time.monotonic()
     already = run.seconds
-    is_whole = True
     try:
         while run.step < recipe.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(run.step)
-            generator = torch.Generator().manual_seed(sample_seed(place.seed, part, run.step))
-            losses = loss_of(generator)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, error_if_nonfinite=True)
-            is_whole = False
-            optimizer.step()
-            average.step(parameters)
-            run.record({name: float(value.detach()) for name, value in losses.items()})
-            is_whole = True
+            run.advance(loss_of)
             bar.update()
             bar.set_postfix({name: f"{value:.4f}" for name, value in run.recent.items()}, refresh=False)
             now = time.monotonic()
@@ -130,7 +118,7 @@ def train(
                 saved = now
     except KeyboardInterrupt:
         # In the middle of an update, the last checkpoint is the last state to go on from.
-        if is_whole:
+        if run.is_whole:
             run.save()
         raise
     bar.close()
@@ -190,6 +178,7 @@ class _Run:
     ) -> None:
         self.path = place.state_path(part)
         self.module, self.optimizer, self.average = module, optimizer, average
+        self.recipe, self.source = recipe, (place.seed, part)
         # Plain numbers decide what a step does; more steps may be asked of a finished run.
         self.settings = {**asdict(recipe), "seed": place.seed}
         if pool_size is not None:
@@ -197,6 +186,24 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.recent: dict[str, float] = {}
+        self.is_whole = True
+        """False while weights, moments and average are not of the same step."""
+
+    def advance(self, loss_of: LossOf) -> None:
+        """Take one step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.step)
+        seed, part = self.source
+        losses = loss_of(torch.Generator().manual_seed(sample_seed(seed, part, self.step)))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        parameters = self.optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm, error_if_nonfinite=True)
+        self.is_whole = False
+        self.optimizer.step()
+        self.average.step(parameters)
+        self.record({name: float(value.detach()) for name, value in losses.items()})
+        self.is_whole = True
 
     def record(self, losses: Mapping[str, float]) -> None:
         """Count a step and smooth its losses."""

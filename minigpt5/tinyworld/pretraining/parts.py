@@ -30,8 +30,15 @@ from minigpt5.tinyworld.foundations import (
     refuse_models,
     write_foundations,
 )
+from minigpt5.tinyworld.pretraining.blanks import (
+    ACCORD_CONTEXT_WEIGHT,
+    ACCORD_RECIPE,
+    CONTEXT_WEIGHT,
+    AccordReader,
+    BlankObjective,
+    BlankReader,
+)
 from minigpt5.tinyworld.pretraining.blanks import RECIPE as BLANK_RECIPE
-from minigpt5.tinyworld.pretraining.blanks import BlankObjective, BlankReader
 from minigpt5.tinyworld.pretraining.clip import RECIPE as CLIP_RECIPE
 from minigpt5.tinyworld.pretraining.clip import (
     SCORER_RECIPE,
@@ -253,14 +260,28 @@ def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
 
 
 def _train_blanks(place: Place, recipe: Recipe, _: int) -> Measured:
+    return _continue_language("blanks", BlankReader, CONTEXT_WEIGHT, place, recipe)
+
+
+def _train_accord(place: Place, recipe: Recipe, _: int) -> Measured:
+    return _continue_language("accord", AccordReader, ACCORD_CONTEXT_WEIGHT, place, recipe)
+
+
+def _continue_language(
+    part: str,
+    make_reader: type[BlankReader] | type[AccordReader],
+    context_weight: float,
+    place: Place,
+    recipe: Recipe,
+) -> Measured:
     model = load_folder_backbone(place.folder).model.language_model.requires_grad_(True)
     # Words keep their embeddings: eyes learn to give them meanwhile.
     model.get_input_embeddings().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(place.seed)
-        reader = BlankReader(model).to(place.device)
-    objective = BlankObjective(reader, PictureWriter(load_tokenizer(place.folder / "llama")), recipe)
-    measured = train("blanks", reader, objective, recipe, place)
+        reader = make_reader(model).to(place.device)
+    writer = PictureWriter(load_tokenizer(place.folder / "llama"))
+    measured = train(part, reader, BlankObjective(reader, writer, recipe, context_weight), recipe, place)
     save_language_model(model.to("cpu"), place.folder / "llama")
     return measured
 
@@ -345,9 +366,10 @@ PARTS: dict[str, Part] = {
     "text": Part(("clip",), TEXT_RECIPE, _train_text, has_pool=False),
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
     "blanks": Part(("language",), BLANK_RECIPE, _train_blanks, has_pool=False),
+    "accord": Part(("blanks",), ACCORD_RECIPE, _train_accord, has_pool=False),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
     "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes),
-    "vision": Part(("eyes", "blanks"), VISION_RECIPE, _train_vision, has_pool=False),
+    "vision": Part(("eyes", "accord"), VISION_RECIPE, _train_vision, has_pool=False),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

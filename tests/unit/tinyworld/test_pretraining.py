@@ -15,9 +15,11 @@ from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
 from minigpt5.tinyworld.pretraining.blanks import (
+    ACCORD_CONTEXT_WEIGHT,
     CONTEXT_WEIGHT,
     COUNT,
     WORDS,
+    AccordReader,
     BlankObjective,
     BlankReader,
     blank_starts,
@@ -107,7 +109,8 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
         for path, content in before.items()
         if path.suffix in (".safetensors", ".pth") and path.read_bytes() != content
     }
-    expected = {"vae": {"sd"}, "text": {"sd"}, "unet": {"sd"}, "language": {"llama"}, "blanks": {"llama"}}
+    expected = {"vae": {"sd"}, "text": {"sd"}, "unet": {"sd"}, "language": {"llama"}}
+    expected |= {"blanks": {"llama"}, "accord": {"llama"}}
     qformer = {"blip2_qformer.pth", "minigpt4.pth"}
     expected |= {"scorer": {"clip"}, "clip": {"sd"}, "eyes": {"eva_vit.pth", *qformer}, "vision": qformer}
     # The Q-Former's file holds the layer norm behind the ViT.
@@ -173,19 +176,26 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[100] == pytest.approx(0.1)
 
 
-def test_a_part_runs_once_and_only_after_those_it_needs(tmp_path, monkeypatch):
-    place = Place(tmp_path, 0, CPU)
-    runs = []
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of the parts that would have been trained, in order; none is."""
+    names = []
     for name, part in PARTS.items():
         monkeypatch.setitem(
-            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
+            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: names.append(name) or {"loss": 0.0})
         )
+    return names
+
+
+def test_a_part_runs_once_and_only_after_those_it_needs(runs, tmp_path, monkeypatch):
+    place = Place(tmp_path, 0, CPU)
+    wanted = ["vision", "vae", "accord", "blanks", "eyes", "language", "sight"]
     with pytest.raises(InputError, match="--parts unet: needs vae, text, not yet pretrained in"):
         run_part("unet", place)
     monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.prepare_folder", lambda place: None)
     for _ in range(2):
-        pretrain(["vision", "vae", "blanks", "eyes", "language", "sight"], place, scale=0.5, pool_size=8, jobs=1)
-    assert runs == ["vae", "language", "blanks", "sight", "eyes", "vision"]
+        pretrain(wanted, place, scale=0.5, pool_size=8, jobs=1)
+    assert runs == ["vae", "language", "blanks", "accord", "sight", "eyes", "vision"]
     record = json.loads((tmp_path / "pretraining" / "vae.json").read_text())
     assert record["recipe"]["steps"] == PARTS["vae"].recipe.steps / 2
     assert is_done(place, "vae")
@@ -223,7 +233,7 @@ def test_a_checkpoint_of_another_pool_is_refused_and_an_older_one_read(folder, t
 def test_missing_needs_are_told_before_anything_is_done(tmp_path):
     place = Place(tmp_path, 0, CPU)
     with pytest.raises(
-        InputError, match="--parts unet: needs text; vision: needs eyes, blanks, not yet pretrained"
+        InputError, match="--parts unet: needs text; vision: needs eyes, accord, not yet pretrained"
     ):
         pretrain(["vae", "unet", "vision"], place, scale=1, pool_size=8, jobs=1)
     assert not list(tmp_path.iterdir())
@@ -249,13 +259,8 @@ def test_a_part_that_fails_ends_those_beside_it(folder, tmp_path):
     assert not is_done(place, "clip")
 
 
-def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(tmp_path, monkeypatch):
+def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(runs, tmp_path, monkeypatch):
     place = Place(tmp_path, 0, CPU)
-    runs = []
-    for name, part in PARTS.items():
-        monkeypatch.setitem(
-            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
-        )
     monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.prepare_folder", lambda place: None)
     pretrain(list(PARTS), place, scale=1, pool_size=8, jobs=1)
     place.state_path("eyes").touch()
@@ -263,18 +268,13 @@ def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(tmp_path, 
     place.record_path("language").unlink()
     runs.clear()
     pretrain(list(PARTS), place, scale=1, pool_size=8, jobs=1)
-    assert runs == ["language", "blanks", "eyes", "vision"]
+    assert runs == ["language", "blanks", "accord", "eyes", "vision"]
     assert not place.state_path("eyes").exists()
     assert place.state_path("unet").exists()
 
 
-def test_fewer_steps_than_were_trained_change_nothing(tmp_path, monkeypatch):
+def test_fewer_steps_than_were_trained_change_nothing(runs, tmp_path):
     place = Place(tmp_path, 0, CPU)
-    runs = []
-    for name, part in PARTS.items():
-        monkeypatch.setitem(
-            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: runs.append(name) or {"loss": 0.0})
-        )
     for name in ("vae", "clip", "text", "unet"):
         run_part(name, place, pool_size=8)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
@@ -373,10 +373,10 @@ def test_a_description_begins_with_what_stands_first_in_the_picture():
         assert read_attributes(example.response)["position"] == first.position
 
 
-def blank_objective(folder):
+def blank_objective(folder, reader=BlankReader, context_weight=CONTEXT_WEIGHT):
     writer = PictureWriter(load_tokenizer(folder / "llama"))
     model = build_foundations(len(writer.tokenizer), 520, seed=1).language_model
-    return BlankObjective(BlankReader(model), writer, replace(QUICK, batch_size=8)), writer
+    return BlankObjective(reader(model), writer, replace(QUICK, batch_size=8), context_weight), writer
 
 
 def test_blanks_stand_where_a_replys_pictures_do(folder):
@@ -406,8 +406,21 @@ def test_blanks_are_near_the_mean_row_and_known_tokens_keep_theirs(folder):
     torch.testing.assert_close(many[0].mean(dim=0), rows.mean(dim=0), atol=2e-3, rtol=0)
 
 
-def test_each_blank_but_the_first_tells_a_word_and_a_second_one_where_there_are_more(folder):
-    objective, writer = blank_objective(folder)
+def test_every_blanks_state_tells_every_word_by_a_matrix_of_the_words_own(folder):
+    objective, _ = blank_objective(folder)
+    width = objective.model.config.hidden_size
+    states = torch.randn(2, COUNT, width, generator=torch.Generator().manual_seed(0))
+    told = objective.reader(states)
+    assert told.shape[:3] == (2, COUNT, WORDS)
+    places = objective.reader.places
+    for word in (0, WORDS - 1):
+        rows = slice(word * width, (word + 1) * width)
+        seen = states @ places.weight[rows].T + places.bias[rows]
+        torch.testing.assert_close(told[:, :, word], objective.model.lm_head(seen))
+
+
+def test_in_accord_each_blank_but_the_first_tells_a_word_and_a_second_one_where_there_are_more(folder):
+    objective, writer = blank_objective(folder, AccordReader)
     both = Scene(
         (Thing("star", "red", "big", "upper left"), Thing("ring", "blue", "small", "lower right")), "snow"
     )
@@ -421,9 +434,9 @@ def test_each_blank_but_the_first_tells_a_word_and_a_second_one_where_there_are_
     states = torch.randn(2, COUNT, objective.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     told = objective.reader(states)
     head = objective.model.lm_head
-    assert told.shape[:2] == (2, WORDS)
-    torch.testing.assert_close(told[:, : COUNT - 1], head(states[:, 1:]))
-    torch.testing.assert_close(told[:, COUNT - 1], head(objective.reader.second(states[:, 1])))
+    assert told.shape[:3] == (2, 1, WORDS)
+    torch.testing.assert_close(told[:, 0, : COUNT - 1], head(states[:, 1:]))
+    torch.testing.assert_close(told[:, 0, COUNT - 1], head(objective.reader.second(states[:, 1])))
 
 
 def test_a_blanks_states_are_those_that_predict_its_tokens(folder):
@@ -438,11 +451,12 @@ def test_a_blanks_states_are_those_that_predict_its_tokens(folder):
     assert states.shape[:2] == (1, COUNT)
 
 
-def test_blanks_leave_words_the_embeddings_that_eyes_learn_to_give(folder, tmp_path):
+@pytest.mark.parametrize("name", ["blanks", "accord"])
+def test_blanks_leave_words_the_embeddings_that_eyes_learn_to_give(folder, tmp_path, name):
     place = Place(tmp_path / "weights", 5, CPU)
     shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
     before = load_folder_backbone(place.folder).model
-    PARTS["blanks"].run(place, replace(PARTS["blanks"].recipe, steps=1, batch_size=4, warmup_steps=0), 8)
+    PARTS[name].run(place, replace(PARTS[name].recipe, steps=1, batch_size=4, warmup_steps=0), 8)
     after = load_folder_backbone(place.folder).model
     assert torch.equal(after.embedding_VH, before.embedding_VH)
     assert not torch.equal(after.head_VH, before.head_VH)
@@ -457,15 +471,16 @@ def test_what_happens_is_asked_of_two_pictures_that_differ():
         assert fits(example.response.removesuffix(" ###"), after, before)
 
 
-def test_every_drawn_reply_holds_a_picture_and_the_loss_has_four_terms(folder):
-    objective, _ = blank_objective(folder)
+@pytest.mark.parametrize("reader, weight", [(BlankReader, CONTEXT_WEIGHT), (AccordReader, ACCORD_CONTEXT_WEIGHT)])
+def test_every_drawn_reply_holds_a_picture_and_the_loss_has_four_terms(folder, reader, weight):
+    objective, _ = blank_objective(folder, reader, weight)
     for seed in range(4):
         found = objective(torch.Generator().manual_seed(seed))
         losses = {name: float(value.detach()) for name, value in found.items()}
         examples = objective.draw(Random(seed))
         assert len(examples) == 4
         assert all(example.outputs for example in examples)
-        total = losses["loss"] - losses["text"] - losses["told"] - CONTEXT_WEIGHT * losses["context"]
+        total = losses["loss"] - losses["text"] - losses["told"] - weight * losses["context"]
         assert 0 < total < 2 * losses["text"]
 
 
