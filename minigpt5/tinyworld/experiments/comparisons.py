@@ -101,7 +101,8 @@ COMPARISONS: dict[str, Comparison] = {
             CAPTIONS,
             _PICTURE,
             (
-                Variant("with (0.1)", both={"loss.caption_weight": 0.1}),
+                Variant("with (1)", both={"loss.caption_weight": 1.0}),
+                Variant("with (0.1, as published)", both={"loss.caption_weight": 0.1}),
                 Variant("without", both={"loss.caption_weight": 0.0}),
             ),
             SEEDS,
@@ -181,5 +182,5 @@ class Sizes:
     steps: tuple[int, int] = (600, 400)
     """Optimizer steps of stage 1 and stage 2."""
     batch_size: int = 16
-    stage2_rate: float = 1e-3
+    stage2_rate: float = 3e-4
     """Learning rate of stage 2, where LoRA wants less than the rate of stage 1."""
