@@ -20,6 +20,8 @@ MARK = ".minigpt5-demo"
 CAPTIONS, OTHERS, VALIDATION = 6000, 800, 32
 """Training records of stage 1 and of each data set of stage 2; held-out records of each."""
 STAGE1_EPOCHS, STAGE2_STEPS = 4, 600
+AT_ONCE = 2
+"""Jobs beside each other, once stage 1 is trained."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def run(arguments: list[str], variables: dict[str, str], log: Path | None = None
 
 
 def run_jobs(out: Path, config: str) -> None:
-    """Train stage 1, then everything else, two jobs at once."""
+    """Train stage 1, then everything else, :data:`AT_ONCE` jobs at once, which share the processor's cores."""
     first, *others = JOBS
     first.train(out, config)
 
@@ -116,7 +118,9 @@ def run_jobs(out: Path, config: str) -> None:
             job.train(out, config)
         job.test(out, config)
 
-    with ThreadPoolExecutor(2) as pool:
+    # Two jobs with a thread a core each would wait for one another's threads most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [pool.submit(finish, job) for job in (*others, first)]
         for job in waiting:
             job.result()
