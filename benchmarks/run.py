@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {arguments.out}: cannot be made a folder ({error.strerror})") from None
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    threads = arguments.threads or os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

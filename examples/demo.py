@@ -57,14 +57,18 @@ class Job:
         files = ["--train_data_path", self.train_file, "--val_data_path", self.validation_file]
         names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
         flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0", *self.train_flags]
-        run(flags, self.variables(out, config), self._log(out) if self.is_stage2 else None)
+        if self.is_stage2:
+            run(flags, self.variables(out, config) | core_share(), self._log(out))
+        else:
+            run(flags, self.variables(out, config))
 
     def test(self, out: Path, config: str) -> None:
         """Reply to the job's held-out records and score the replies."""
         weights = ["--test_weight", f"{self.name}.ckpt", *self._stage1()]
         flags = ["--test_data_path", self.test_file, *weights, "--gpus", "0", *self.test_flags]
-        run(["train_eval.py", *flags], self.variables(out, config), self._log(out))
-        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], self.variables(out, config), self._log(out))
+        variables = self.variables(out, config) | core_share()
+        run(["train_eval.py", *flags], variables, self._log(out))
+        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], variables, self._log(out))
 
     def _log(self, out: Path) -> Path:
         return out / "logs" / f"{self.name}.txt"
@@ -89,6 +93,15 @@ JOBS = (
         STAGE2,
     ),
 )
+
+
+def core_share() -> dict[str, str]:
+    """Return the variable by which one of :data:`AT_ONCE` jobs takes its share of the cores, unless it is set.
+
+    With a thread a core each, they would wait for one another's threads most of the time.
+    """
+    name = "OMP_NUM_THREADS"
+    return {} if name in os.environ else {name: str(max(1, (os.cpu_count() or 1) // AT_ONCE))}
 
 
 def run(arguments: list[str], variables: dict[str, str], log: Path | None = None) -> None:
@@ -118,8 +131,6 @@ def run_jobs(out: Path, config: str) -> None:
             job.train(out, config)
         job.test(out, config)
 
-    # Two jobs with a thread a core each would wait for one another's threads most of the time.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [pool.submit(finish, job) for job in (*others, first)]
         for job in waiting:

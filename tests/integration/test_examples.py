@@ -1,6 +1,7 @@
 """The playground and the API example run from their own folder with the tiny preset's bundled checkpoints."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -62,3 +63,18 @@ def test_demo_refuses_a_file_for_a_folder(tmp_path):
         assert done.returncode != 0
         assert done.stderr.startswith(f"error: --out {tmp_path / out}: cannot be made a folder")
         assert "Traceback" not in done.stderr
+
+
+def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"))
+    calls = []
+    monkeypatch.setitem(demo["run_jobs"].__globals__, "run", lambda *call: calls.append(call))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    demo["run_jobs"](tmp_path, "config/tiny.yaml")
+    (_, alone), *beside = (call[:2] for call in calls)
+    assert "OMP_NUM_THREADS" not in alone
+    assert len(beside) == 8
+    cores = os.cpu_count() or 1
+    assert all(int(variables["OMP_NUM_THREADS"]) <= max(1, cores // 2) for _, variables in beside)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert demo["core_share"]() == {}
