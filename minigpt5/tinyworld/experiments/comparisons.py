@@ -185,3 +185,5 @@ class Sizes:
     batch_size: int = 16
     stage2_rate: float = 3e-4
     """Learning rate of stage 2, where LoRA wants less than the rate of stage 1."""
+    stage2_text_weight: float = 0.1
+    """Weight of stage 2's language loss: at so low a rate it would learn little otherwise."""

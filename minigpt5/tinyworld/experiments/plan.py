@@ -149,11 +149,14 @@ class Plan:
         steps = self.sizes.steps[0 if data == CAPTIONS else 1]
         if data == STORIES and variant.keeps_total_steps:
             steps = sum(self.sizes.steps)
-        rate = {"training.learning_rate": self.sizes.stage2_rate} if data == STORIES else {}
+        second = {
+            "training.learning_rate": self.sizes.stage2_rate,
+            "loss.text_weight": self.sizes.stage2_text_weight,
+        }
         config = self._config(
             seed,
             {
-                **rate,
+                **(second if data == STORIES else {}),
                 **_stage_overrides(data, variant),
                 "data.folder": self.data / "train" / _FOLDERS[data],
                 "data.train": train,

@@ -138,7 +138,8 @@ def _preface(sizes: Sizes, command: str) -> list[str]:
         f"```bash\n{command}\n```",
         "",
         f"Stage 1: {sizes.captions} captioned pictures, {sizes.steps[0]} steps. Stage 2: {sizes.stories} stories, "
-        f"{sizes.steps[1]} steps at a learning rate of {sizes.stage2_rate:g}. {sizes.batch_size} samples a step. "
+        f"{sizes.steps[1]} steps at a learning rate of {sizes.stage2_rate:g}, the language loss weighted "
+        f"{sizes.stage2_text_weight:g}. {sizes.batch_size} samples a step. "
         f"Held out: {sizes.held_out} captions, {math.ceil(sizes.held_out / STORY_LENGTH)} stories.",
         "",
     ]
