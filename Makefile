@@ -7,9 +7,6 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-requirements
 
-# More threads than cores slow the small models down; the workers share the cores.
-export OMP_NUM_THREADS ?= 1
-
 .PHONY: help install test demo bench lint parity-lavis clean
 
 help:
@@ -31,6 +28,8 @@ $(STAMP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(STAMP)
 
+# More threads than cores slow the small models down; the workers share the cores.
+test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

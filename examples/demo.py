@@ -22,6 +22,8 @@ CAPTIONS, OTHERS, VALIDATION = 6000, 800, 32
 STAGE1_EPOCHS, STAGE2_STEPS = 5, 600
 AT_ONCE = 2
 """Jobs beside each other, once stage 1 is trained."""
+MOST_THREADS = 4
+"""Of a job, however many cores there are: models so small have no work for more."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,15 @@ class Job:
         names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
         flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0", *self.train_flags]
         if self.is_stage2:
-            run(flags, self.variables(out, config) | core_share(), self._log(out))
+            run(flags, self.variables(out, config) | core_share(AT_ONCE), self._log(out))
         else:
-            run(flags, self.variables(out, config))
+            run(flags, self.variables(out, config) | core_share(1))
 
     def test(self, out: Path, config: str) -> None:
         """Reply to the job's held-out records and score the replies."""
         weights = ["--test_weight", f"{self.name}.ckpt", *self._stage1()]
         flags = ["--test_data_path", self.test_file, *weights, "--gpus", "0", *self.test_flags]
-        variables = self.variables(out, config) | core_share()
+        variables = self.variables(out, config) | core_share(AT_ONCE)
         run(["train_eval.py", *flags], variables, self._log(out))
         run(["metric.py", "--test_weight", f"{self.name}.ckpt"], variables, self._log(out))
 
@@ -97,13 +99,14 @@ JOBS = (
 )
 
 
-def core_share() -> dict[str, str]:
-    """Return the variable by which one of :data:`AT_ONCE` jobs takes its share of the cores, unless it is set.
+def core_share(jobs: int) -> dict[str, str]:
+    """Return the variable by which each of ``jobs`` jobs takes its share of the cores, unless it is set.
 
-    With a thread a core each, they would wait for one another's threads most of the time.
+    With more threads than cores they would wait for one another most of the time.
     """
     name = "OMP_NUM_THREADS"
-    return {} if name in os.environ else {name: str(max(1, (os.cpu_count() or 1) // AT_ONCE))}
+    share = min(MOST_THREADS, (os.cpu_count() or 1) // jobs)
+    return {} if os.environ.get(name) else {name: str(max(1, share))}
 
 
 def run(arguments: list[str], variables: dict[str, str], log: Path | None = None) -> None:
