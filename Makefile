@@ -28,8 +28,6 @@ $(STAMP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(STAMP)
 
-# More threads than cores slow the small models down; the workers share the cores.
-test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
