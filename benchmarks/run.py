@@ -39,6 +39,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     for name in ("repeats", "threads"):
@@ -49,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {arguments.out}: cannot be made a folder ({error.strerror})") from None
-    threads = arguments.threads or os.cpu_count() or 1
+    threads = arguments.threads or _cores()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
-CAPTIONS, OTHERS, VALIDATION = 6000, 800, 32
+CAPTIONS, OTHERS, VALIDATION = 6000, 800, 64
 """Training records of stage 1 and of each data set of stage 2; held-out records of each."""
 STAGE1_EPOCHS, STAGE2_STEPS = 5, 600
 AT_ONCE = 2
@@ -82,7 +82,9 @@ class Job:
 ONCE_AN_EPOCH = ("--set", "training.val_check_interval=1.0")
 STAGE1 = ("--num_train_epochs", str(STAGE1_EPOCHS), *ONCE_AN_EPOCH)
 SLOWLY = ("--learning_rate", "3e-4", "--set", "loss.text_weight=0.1")
-"""The diffusion loss, which alone trains stage 2's mapper, would soon spoil what captions taught it."""
+"""The diffusion loss, which alone trains stage 2's mapper, would soon spoil what captions taught it.
+At so low a rate the language loss wants ten times its weight.
+"""
 STAGE2 = ("--max_steps", str(STAGE2_STEPS), *SLOWLY, *ONCE_AN_EPOCH)
 STORY_TASKS = ("--set", "data.tasks=[generation, multimodal, understanding]")
 JOBS = (
@@ -99,13 +101,18 @@ JOBS = (
 )
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def core_share(jobs: int) -> dict[str, str]:
     """Return the variable by which each of ``jobs`` jobs takes its share of the cores, unless it is set.
 
     With more threads than cores they would wait for one another most of the time.
     """
     name = "OMP_NUM_THREADS"
-    share = min(MOST_THREADS, (os.cpu_count() or 1) // jobs)
+    share = min(MOST_THREADS, cores() // jobs)
     return {} if os.environ.get(name) else {name: str(max(1, share))}
 
 

@@ -64,7 +64,9 @@ def _add_pretraining(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="measure the models against their floors")
     evaluate.add_argument("--weights", type=Path, default=SHIPPED, help="folder (default: the shipped one)")
     evaluate.add_argument("--parts", nargs="+", choices=MEASURED, default=MEASURED, help="default: all")
-    evaluate.add_argument("--count", type=int, default=300, help="held-out pictures, in hundreds (default: 300)")
+    evaluate.add_argument(
+        "--count", type=int, default=300, help="held-out pictures, a multiple of 100 (default: 300)"
+    )
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run=_evaluate)
 

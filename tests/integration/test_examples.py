@@ -65,16 +65,17 @@ def test_demo_refuses_a_file_for_a_folder(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("cores", "alone", "beside"), [(1, "1", "1"), (2, "2", "1"), (6, "4", "3"), (64, "4", "4")]
+)
+def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch, cores, alone, beside):
     demo = runpy.run_path(str(EXAMPLES / "demo.py"))
     calls = []
-    monkeypatch.setitem(demo["run_jobs"].__globals__, "run", lambda *call: calls.append(call))
+    names = demo["run_jobs"].__globals__
+    monkeypatch.setitem(names, "run", lambda *call: calls.append(call[1]["OMP_NUM_THREADS"]))
+    monkeypatch.setitem(names, "cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     demo["run_jobs"](tmp_path, "config/tiny.yaml")
-    (_, alone), *beside = (call[:2] for call in calls)
-    cores = os.cpu_count() or 1
-    assert 1 <= int(alone["OMP_NUM_THREADS"]) <= cores
-    assert len(beside) == 8
-    assert all(1 <= int(variables["OMP_NUM_THREADS"]) <= max(1, cores // 2) for _, variables in beside)
+    assert calls == [alone, *[beside] * 8]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert demo["core_share"](1) == {}

@@ -127,9 +127,12 @@ COMPARISONS: dict[str, Comparison] = {
             _STORY,
             (
                 Variant("two stages"),
-                Variant("stage 2 alone", stage2=_ALONE, has_stage1=False),
+                Variant("stage 2 alone, rate 0.001", stage2=_ALONE, has_stage1=False),
                 Variant(
-                    "stage 2 alone, as many steps in all", stage2=_ALONE, has_stage1=False, keeps_total_steps=True
+                    "stage 2 alone, rate 0.001, as many steps in all",
+                    stage2=_ALONE,
+                    has_stage1=False,
+                    keeps_total_steps=True,
                 ),
             ),
             SEEDS,

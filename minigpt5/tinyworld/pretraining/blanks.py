@@ -2,11 +2,11 @@
 
 A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
 of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
-through noise, so that everything is said about equally loud: at first each state all of them, which makes every
-attribute easy to find for a mapper that has seen little; then one each and a second one where there are more, all
-but the first state, which says that a picture comes. And they must be the states that the picture's mere caption
-would lead to: a mapper that has learned from captions then understands stories and dialogues too. Half of each
-batch is text as before, so that nothing is forgotten.
+through noise, so that everything is said about equally loud. In the part ``blanks`` each state tells all of them,
+which makes every attribute easy to find for a mapper that has seen little; in the part ``accord``, which follows,
+one each and a second one where there are more, all but the first state, which says that a picture comes. And they
+must be the states that the picture's mere caption would lead to: a mapper that has learned from captions then
+understands stories and dialogues too. Half of each batch is text as before, so that nothing is forgotten.
 Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words of one.
 """
 
@@ -39,9 +39,9 @@ from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=2)
 ACCORD_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
-"""Of the second part, in which the states share the words."""
+"""Of the part ``accord``, in which the states share the words."""
 COUNT = 8
 """Blanks of a picture."""
 _MAKERS: tuple[tuple[Maker, float], ...] = (
@@ -55,7 +55,8 @@ WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
 CONTEXT_WEIGHT = 1.0
 ACCORD_CONTEXT_WEIGHT = 5.0
-"""Little of a state comes from elsewhere than the picture, but the mapper would stumble over it."""
+"""Of the distance to the caption's states in ``blanks`` and in ``accord``. Little of a state comes from elsewhere
+than the picture in the end, but the mapper would stumble over it; at first, the words are to be found."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
 _READING_NOISE = 1.0
@@ -122,7 +123,10 @@ class BlankObjective:
         self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Return the loss, its parts, and the share of pictures, or their states, that tell every word."""
+        """Return the loss, its parts, and what share tells every word.
+
+        It is a share of the states by a :class:`BlankReader`, of the pictures by an :class:`AccordReader`.
+        """
         text = self.text(generator)["loss"]
         rng = python_random(generator)
         examples = self.draw(rng)

@@ -39,6 +39,8 @@ class Recipe:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     """Highest decay of the average of weights; it grows towards it as (1 + step) / (10 + step)."""
+    version: int = 1
+    """Raised when what a part minimises changes: what was trained by another version is trained anew."""
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -143,7 +145,8 @@ def is_done(place: Place, part: str, recipe: Recipe | None = None) -> bool:
     made = read_record(place, part)
     if not made or recipe is None:
         return bool(made)
-    return made["recipe"]["steps"] >= recipe.steps and {**made["recipe"], "steps": recipe.steps} == asdict(recipe)
+    done = {"version": 1, **made["recipe"]}
+    return done["steps"] >= recipe.steps and {**done, "steps": recipe.steps} == asdict(recipe)
 
 
 def refuse_other_settings(path: Path, made: Mapping[str, object], wanted: Mapping[str, object]) -> None:

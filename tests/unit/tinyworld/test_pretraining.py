@@ -462,6 +462,39 @@ def test_blanks_leave_words_the_embeddings_that_eyes_learn_to_give(folder, tmp_p
     assert not torch.equal(after.head_VH, before.head_VH)
 
 
+def test_the_context_weight_weighs_the_context(folder):
+    light, heavy = (blank_objective(folder, AccordReader, weight)[0] for weight in (1.0, 5.0))
+    heavy.reader.load_state_dict(light.reader.state_dict())
+    first, second = (objective(torch.Generator().manual_seed(0)) for objective in (light, heavy))
+    torch.testing.assert_close(second["loss"] - first["loss"], 4 * first["context"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "weight"),
+    [("blanks", BlankReader, CONTEXT_WEIGHT), ("accord", AccordReader, ACCORD_CONTEXT_WEIGHT)],
+)
+def test_each_part_of_unseen_tokens_has_its_reader_and_weight(folder, tmp_path, monkeypatch, name, reader, weight):
+    place = Place(tmp_path / "weights", 5, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    trained = []
+    monkeypatch.setattr(
+        "minigpt5.tinyworld.pretraining.parts.train",
+        lambda part, module, loss_of, *rest: trained.append((part, type(module), loss_of.context_weight)) or {},
+    )
+    PARTS[name].run(place, PARTS[name].recipe, 8)
+    assert trained == [(name, reader, weight)]
+
+
+def test_what_another_version_of_a_part_trained_is_not_done(tmp_path):
+    place = Place(tmp_path, 0, CPU)
+    recipe = PARTS["blanks"].recipe
+    older = {**asdict(recipe), "steps": 7500}
+    del older["version"]
+    write_record(place, "blanks", {"recipe": older, "seed": 0})
+    assert not is_done(place, "blanks", recipe)
+    assert is_done(place, "blanks", replace(recipe, version=1))
+
+
 def test_what_happens_is_asked_of_two_pictures_that_differ():
     for seed in range(20):
         example = event_example(Random(seed), "[IMG0]")
