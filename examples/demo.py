@@ -23,7 +23,7 @@ STAGE1_EPOCHS, STAGE2_STEPS = 5, 600
 AT_ONCE = 2
 """Jobs beside each other, once stage 1 is trained."""
 MOST_THREADS = 4
-"""Of a job, however many cores there are: models so small have no work for more."""
+"""Of a job, however many cores there are: models so small hardly have work for more, and two were measured."""
 
 
 @dataclass(frozen=True)
