@@ -71,6 +71,10 @@ class Place:
         """Return the checkpoint of a part."""
         return self.folder / STATES / f"{part}.pt"
 
+    def start_path(self, part: str) -> Path:
+        """Return the folder of the weights that a part went on from, laid out as in the weights folder."""
+        return self.folder / STATES / f"{part}-start"
+
     def record_path(self, part: str) -> Path:
         """Return the file that says that a part is done, and how."""
         return self.folder / STATES / f"{part}.json"

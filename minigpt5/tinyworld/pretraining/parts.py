@@ -1,5 +1,6 @@
 """The parts of pretraining: what each needs, how it is trained, and what it writes into the weights folder."""
 
+import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,12 +96,14 @@ class Part:
         recipe: how it is trained.
         run: trains and exports; returns what is worth recording.
         has_pool: whether it learns from the rendered pool, whose size then decides what becomes of it.
+        continues: files and folders of the weights that it starts from and puts its own in the place of.
     """
 
     needs: tuple[str, ...]
     recipe: Recipe
     run: Callable[[Place, Recipe, int], Measured]
     has_pool: bool = True
+    continues: tuple[str, ...] = ()
 
 
 def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_SIZE) -> None:
@@ -120,6 +123,7 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
     if is_done(place, name, recipe):
         return
     check_needs([name], place, scale)
+    _return_to_start(place, name)
     measured = part.run(place, recipe, pool_size)
     # A checkpoint may be further than was asked.
     recipe = replace(recipe, steps=round(measured.pop("steps", recipe.steps)))
@@ -177,12 +181,39 @@ def scaled_recipe(name: str, scale: float) -> Recipe:
     return replace(recipe, steps=max(1, round(recipe.steps * scale)))
 
 
+def _return_to_start(place: Place, name: str) -> None:
+    """Keep the weights that a part is about to replace, or put the kept ones back if it is trained anew.
+
+    With a checkpoint it goes on from that.
+    """
+    kept = place.start_path(name)
+    if not PARTS[name].continues or place.state_path(name).is_file():
+        return
+    if kept.is_dir():
+        _copy_weights(PARTS[name].continues, kept, place.folder)
+        return
+    unfinished = kept.with_suffix(".new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    _copy_weights(PARTS[name].continues, place.folder, unfinished)
+    unfinished.replace(kept)
+
+
+def _copy_weights(paths: Iterable[str], source: Path, target: Path) -> None:
+    for path in paths:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        if (source / path).is_dir():
+            shutil.copytree(source / path, target / path, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source / path, target / path)
+
+
 def _forget_built_on(place: Place, name: str) -> None:
-    """Remove the records of the parts that were built on an earlier state of a part: they are out of date."""
+    """Remove what is known of the parts that were built on an earlier state of a part: it is out of date."""
     for other, part in PARTS.items():
         if name in part.needs:
             place.record_path(other).unlink(missing_ok=True)
             place.state_path(other).unlink(missing_ok=True)
+            shutil.rmtree(place.start_path(other), ignore_errors=True)
             _forget_built_on(place, other)
 
 
@@ -359,17 +390,18 @@ def _save_eyes(place: Place, eyes: Eyes) -> None:
     save_projection(eyes.projection, place.folder / "minigpt4.pth")
 
 
+_EYES = ("eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth")
 PARTS: dict[str, Part] = {
     "vae": Part((), VAE_RECIPE, _train_vae),
     "clip": Part((), CLIP_RECIPE, _train_clip),
     "language": Part((), LANGUAGE_RECIPE, _train_language, has_pool=False),
-    "text": Part(("clip",), TEXT_RECIPE, _train_text, has_pool=False),
+    "text": Part(("clip",), TEXT_RECIPE, _train_text, has_pool=False, continues=("sd/text_encoder",)),
     "unet": Part(("vae", "text"), UNET_RECIPE, _train_unet),
-    "blanks": Part(("language",), BLANK_RECIPE, _train_blanks, has_pool=False),
-    "accord": Part(("blanks",), ACCORD_RECIPE, _train_accord, has_pool=False),
+    "blanks": Part(("language",), BLANK_RECIPE, _train_blanks, has_pool=False, continues=("llama",)),
+    "accord": Part(("blanks",), ACCORD_RECIPE, _train_accord, has_pool=False, continues=("llama",)),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
-    "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes),
-    "vision": Part(("eyes", "accord"), VISION_RECIPE, _train_vision, has_pool=False),
+    "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes, continues=_EYES),
+    "vision": Part(("eyes", "accord"), VISION_RECIPE, _train_vision, has_pool=False, continues=_EYES),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -178,12 +179,15 @@ def test_the_learning_rate_warms_up_and_falls():
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Names of the parts that would have been trained, in order; none is."""
+    """Names of the parts that would have been trained, in order; none is, and there are no weights."""
     names = []
+
+    def note(name, place, recipe, pool_size):
+        names.append(name)
+        return {"loss": 0.0}
+
     for name, part in PARTS.items():
-        monkeypatch.setitem(
-            PARTS, name, replace(part, run=lambda place, recipe, _, name=name: names.append(name) or {"loss": 0.0})
-        )
+        monkeypatch.setitem(PARTS, name, replace(part, run=partial(note, name), continues=()))
     return names
 
 
@@ -271,6 +275,31 @@ def test_a_part_trained_anew_is_followed_by_all_that_were_built_on_it(runs, tmp_
     assert runs == ["language", "blanks", "accord", "eyes", "vision"]
     assert not place.state_path("eyes").exists()
     assert place.state_path("unet").exists()
+
+
+def test_a_part_that_is_removed_starts_again_from_those_it_needs(tmp_path):
+    def llama():
+        return (tmp_path / "llama" / "model.safetensors").read_bytes()
+
+    def remove(name):
+        for path in (place.record_path(name), place.state_path(name)):
+            path.unlink()
+
+    place, shortest = Place(tmp_path, 0, CPU), 1e-4
+    prepare_folder(place)
+    made = {}
+    for name in ("language", "blanks", "accord"):
+        run_part(name, place, shortest)
+        made[name] = llama()
+    assert len(set(made.values())) == 3
+    remove("accord")
+    run_part("accord", place, shortest)
+    assert llama() == made["accord"]
+    remove("blanks")
+    run_part("blanks", place, shortest)
+    assert llama() == made["blanks"]
+    run_part("accord", place, shortest)
+    assert llama() == made["accord"]
 
 
 def test_fewer_steps_than_were_trained_change_nothing(runs, tmp_path):
