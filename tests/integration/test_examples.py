@@ -77,5 +77,13 @@ def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch, core
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     demo["run_jobs"](tmp_path, "config/tiny.yaml")
     assert calls == [alone, *[beside] * 8]
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert demo["core_share"](1) == {}
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GOMP_SPINCOUNT"])
+def test_demo_keeps_what_the_user_says_of_threads(monkeypatch, name):
+    share = runpy.run_path(str(EXAMPLES / "demo.py"))["core_share"]
+    for variable in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert share(1).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
+    monkeypatch.setenv(name, "3")
+    assert share(1).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"} - {name}
