@@ -6,6 +6,7 @@ The reference walks over a pandas table row by row and keeps a list of strings a
 import re
 import tempfile
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
     return {"seconds": seconds, "peak": peak, "random": random, "digest": _digest(samples)}
 
 
-def _digest(samples: Any) -> int:
-    total = 0
+def _digest(samples: Any) -> str:
+    """Return a digest of every sample's caption and picture, in order."""
+    digest = sha256()
     for number in range(len(samples)):
         sample = samples[number]
         key = sample if isinstance(sample, tuple) else (sample.caption, str(sample.output_images[0]))
-        total = (total * 31 + int.from_bytes(repr(key).encode()[-64:], "big")) % (2**61 - 1)
-    return total
+        digest.update(repr(key).encode())
+    return digest.hexdigest()
 
 
 def _our_index(folder: Path) -> Any:

@@ -20,6 +20,8 @@ MARK = ".minigpt5-demo"
 CAPTIONS, OTHERS, VALIDATION = 6000, 800, 64
 """Training records of stage 1 and of each data set of stage 2; held-out records of each."""
 STAGE1_EPOCHS, STAGE2_STEPS = 5, 600
+OF_OTHER_RUNS = ("OUTPUT_SUFFIX", "PREPROCESS_FEATURE_FOLDER")
+"""Variables that, set by the user for other runs, would lead these elsewhere."""
 AT_ONCE = 2
 """Jobs beside each other, once stage 1 is trained."""
 MOST_THREADS = 4
@@ -129,7 +131,8 @@ def run(arguments: list[str], variables: dict[str, str], log: Path | None = None
     """
     shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     print(f"\n$ {shown} python {shlex.join(arguments)}" + (f"  # prints to {log}" if log else ""), flush=True)
-    command, environment = [sys.executable, *arguments], os.environ | variables
+    command = [sys.executable, *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in OF_OTHER_RUNS} | variables
     if log is None:
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         return
@@ -168,6 +171,14 @@ def fresh_folder(folder: Path) -> None:
     (folder / MARK).touch()
 
 
+def find_config(name: str) -> str:
+    """Return a file's path for commands below the project's root: of the current folder's, else the root's."""
+    path = (Path(name) if Path(name).is_file() else ROOT / name).resolve()
+    if not path.is_file():
+        sys.exit(f"error: --config {name}: no such file (looked in {Path.cwd()} and {ROOT})")
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -178,13 +189,13 @@ def main() -> None:
     parser.add_argument("--config", default="config/tiny.yaml", help="configuration of every command")
     options = parser.parse_args()
     started = time.monotonic()
-    folder = options.out.resolve()
+    config, folder = find_config(options.config), options.out.resolve()
     fresh_folder(folder)
     data = ["-m", "minigpt5.tinyworld", "data", "--out", str(folder / "datasets"), "--seed", "0"]
     held_out = ["--val", str(options.val), "--test", str(options.val)]
     run([*data, "--datasets", "cc3m", "--train", str(options.captions), *held_out], {})
     run([*data, "--datasets", "vist", "mmdialog", "--train", str(options.train), *held_out], {})
-    run_jobs(folder, options.config)
+    run_jobs(folder, config)
     stores = [str(folder / "outputs" / job.name) for job in JOBS]
     run(["-m", "minigpt5.tinyworld", "score", *stores, "--page", str(folder / "report.html")], {})
     print(f"\nall in {(time.monotonic() - started) / 60:.1f} minutes; report: {folder / 'report.html'}")

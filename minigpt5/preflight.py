@@ -8,9 +8,10 @@ from minigpt4.errors import InputError
 from minigpt4.language_model import check_quantization
 from minigpt4.weights import resolve_source
 from minigpt5.checkpoint import find_checkpoint
-from minigpt5.config import RunConfig, Stage
+from minigpt5.config import DataConfig, DatasetName, RunConfig, Stage
+from minigpt5.data.feature_cache import check_feature_folder
 from minigpt5.data.module import FLAGS
-from minigpt5.data.readers import check_records
+from minigpt5.data.readers import check_records, detect_dataset
 from minigpt5.data.types import Split
 from minigpt5.vokens import voken_text
 
@@ -86,6 +87,15 @@ def _unusable_data(config: RunConfig, split: Split, name: Path | None) -> Iterat
     else:
         vokens = voken_text(config.model.vokens.count)
         yield from _attempt(partial(check_records, voken_text=vokens), config.data, name, split)
+        yield from _attempt(_check_features, config.data, name, split)
+
+
+def _check_features(data: DataConfig, name: Path, split: Split) -> None:
+    if data.feature_folder is None or split is Split.TEST:
+        return
+    dataset = detect_dataset(data.folder / name) if data.dataset is DatasetName.AUTO else data.dataset
+    if dataset is DatasetName.CC3M:
+        check_feature_folder(data.feature_folder)
 
 
 def _missing_checkpoints(config: RunConfig) -> Iterator[str]:

@@ -26,6 +26,12 @@ TENSOR = "feature"
 """Name of the tensor in a ``.safetensors`` file."""
 
 
+def check_feature_folder(root: Path) -> None:
+    """Raise an :class:`InputError` if there is no such folder."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such feature folder (PREPROCESS_FEATURE_FOLDER, data.feature_folder)")
+
+
 class FeatureFolder:
     """A folder of precomputed features.
 
@@ -38,8 +44,7 @@ class FeatureFolder:
     """
 
     def __init__(self, root: Path, transform: str) -> None:
-        if not root.is_dir():
-            raise InputError(f"{root}: no such feature folder (PREPROCESS_FEATURE_FOLDER, data.feature_folder)")
+        check_feature_folder(root)
         self.root = root
         manifest = read_manifest(root)
         if manifest is None:

@@ -58,7 +58,9 @@ def _add_pretraining(commands: Any) -> None:
     pretrain.add_argument("--seed", type=int, default=0)
     pretrain.add_argument("--scale", type=float, default=1.0, help="multiply every part's steps (default: 1)")
     pretrain.add_argument("--pictures", type=int, default=12_000, help="pictures rendered for training")
-    pretrain.add_argument("--jobs", type=int, help="parts at once (default: 2 on a CPU with 2 cores, else 1)")
+    pretrain.add_argument(
+        "--jobs", type=int, help="parts at once (default: 2 on a CPU with several cores, else 1)"
+    )
     pretrain.set_defaults(run=_pretrain)
 
     evaluate = commands.add_parser("evaluate", help="measure the models against their floors")

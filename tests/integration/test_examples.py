@@ -87,3 +87,23 @@ def test_demo_keeps_what_the_user_says_of_threads(monkeypatch, name):
     assert share(1).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
     monkeypatch.setenv(name, "3")
     assert share(1).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"} - {name}
+
+
+def test_demo_finds_its_configuration_before_it_writes(tmp_path, monkeypatch):
+    find = runpy.run_path(str(EXAMPLES / "demo.py"))["find_config"]
+    monkeypatch.chdir(tmp_path)
+    assert find("config/tiny.yaml") == "config/tiny.yaml"
+    (tmp_path / "my.yaml").touch()
+    assert find("my.yaml") == str(tmp_path / "my.yaml")
+    done = run("demo.py", "--out", str(tmp_path / "out"), "--config", "absent.yaml")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: --config absent.yaml: no such file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_does_not_follow_what_other_runs_were_told(monkeypatch):
+    run_command = runpy.run_path(str(EXAMPLES / "demo.py"))["run"]
+    monkeypatch.setenv("OUTPUT_SUFFIX", "_mine")
+    monkeypatch.setenv("KEPT", "yes")
+    code = "import os, sys; sys.exit('OUTPUT_SUFFIX' in os.environ or os.environ['KEPT'] != 'yes')"
+    run_command(["-c", code], {})

@@ -100,3 +100,20 @@ def test_a_limited_file_ends_with_a_whole_line(tmp_path):
     for limit, count in ((4, 0), (5, 1), (9, 1), (13, 2), (17, 2), (18, 3), (None, 3)):
         lines = LineFile(path, limit)
         assert [lines[number] for number in range(len(lines))] == whole[:count], limit
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_training", "is_told"),
+    [
+        ("a.tsv", "caption\timage_path\nx\ty\n", True, True),
+        ("a.tsv", "caption\timage_path\nx\ty\n", False, False),
+        ("a.txt", DIALOGUE + "\n", True, False),
+    ],
+    ids=["CC3M", "generating", "MMDialog"],
+)
+def test_a_missing_feature_folder_is_told_where_it_is_used(tmp_path, name, text, is_training, is_told):
+    data = replace(prepare(tmp_path, name, text), feature_folder=tmp_path / "absent")
+    with pytest.raises(InputError) as told:
+        check_run(paper_run(data, is_training=is_training))
+    assert "/absent/sd" in str(told.value)
+    assert (f"{tmp_path / 'absent'}: no such feature folder" in str(told.value)) is is_told

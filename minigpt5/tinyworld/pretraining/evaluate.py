@@ -103,7 +103,7 @@ def measure_vision(folder: Path, data: HeldOut) -> list[Measure]:
     """Attributes named by the backbone's descriptions; either thing of two may come first."""
     texts = describe(load_folder_backbone(folder), data.pictures)
     right = [names_all(text, scene) for text, scene in zip(texts, data.scenes, strict=True)]
-    return [Measure("vision", "description of a picture: all attributes", fmean(right), 0.90)]
+    return [Measure("vision", "description of a picture: all of its first thing", fmean(right), 0.90)]
 
 
 @torch.no_grad()

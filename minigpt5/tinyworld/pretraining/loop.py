@@ -153,6 +153,17 @@ def is_done(place: Place, part: str, recipe: Recipe | None = None) -> bool:
     return done["steps"] >= recipe.steps and {**done, "steps": recipe.steps} == asdict(recipe)
 
 
+def forget_other_version(place: Place, part: str, recipe: Recipe) -> None:
+    """Remove a part's checkpoint if another version of its recipe left it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = place.state_path(part)
+    if path.is_file() and read_torch_file(path, "--out").get("settings", {}).get("version", 1) != recipe.version:
+        path.unlink()
+
+
 def refuse_other_settings(path: Path, made: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     """Raise an :class:`InputError` if a file of pretraining was made with other settings.
 

@@ -56,6 +56,7 @@ from minigpt5.tinyworld.pretraining.loop import (
     STATES,
     Place,
     Recipe,
+    forget_other_version,
     is_done,
     read_record,
     refuse_other_settings,
@@ -96,7 +97,8 @@ class Part:
         recipe: how it is trained.
         run: trains and exports; returns what is worth recording.
         has_pool: whether it learns from the rendered pool, whose size then decides what becomes of it.
-        continues: files and folders of the weights that it starts from and puts its own in the place of.
+        continues: files and folders that it starts from, as the first part of ``needs`` left them, and puts
+            its own in the place of.
     """
 
     needs: tuple[str, ...]
@@ -123,6 +125,7 @@ def run_part(name: str, place: Place, scale: float = 1.0, pool_size: int = POOL_
     if is_done(place, name, recipe):
         return
     check_needs([name], place, scale)
+    forget_other_version(place, name, recipe)
     _return_to_start(place, name)
     measured = part.run(place, recipe, pool_size)
     # A checkpoint may be further than was asked.
@@ -213,7 +216,8 @@ def _forget_built_on(place: Place, name: str) -> None:
         if name in part.needs:
             place.record_path(other).unlink(missing_ok=True)
             place.state_path(other).unlink(missing_ok=True)
-            shutil.rmtree(place.start_path(other), ignore_errors=True)
+            if name == part.needs[0]:
+                shutil.rmtree(place.start_path(other), ignore_errors=True)
             _forget_built_on(place, other)
 
 

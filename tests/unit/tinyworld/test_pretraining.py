@@ -302,6 +302,35 @@ def test_a_part_that_is_removed_starts_again_from_those_it_needs(tmp_path):
     assert llama() == made["accord"]
 
 
+def test_eyes_that_are_trained_for_another_language_start_from_sight(tmp_path):
+    place, shortest = Place(tmp_path, 0, CPU), 1e-4
+    prepare_folder(place)
+    files = [tmp_path / name for name in ("eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth")]
+    made = []
+    for _ in range(2):
+        for name in ("language", "sight", "eyes"):
+            run_part(name, place, shortest, pool_size=16)
+        made.append([path.read_bytes() for path in files])
+        for path in (place.record_path("language"), place.state_path("language")):
+            path.unlink()
+    assert made[0] == made[1]
+
+
+def test_a_checkpoint_of_another_version_is_not_continued(folder, tmp_path, monkeypatch):
+    place = Place(tmp_path / "weights", 0, CPU)
+    shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
+    few = replace(PARTS["vae"].recipe, steps=2, batch_size=2)
+    monkeypatch.setitem(PARTS, "vae", replace(PARTS["vae"], recipe=few))
+    run_part("vae", place, pool_size=8)
+    first = torch.load(place.state_path("vae"), weights_only=True)
+    monkeypatch.setitem(PARTS, "vae", replace(PARTS["vae"], recipe=replace(few, version=2, steps=3)))
+    run_part("vae", place, pool_size=8)
+    second = torch.load(place.state_path("vae"), weights_only=True)
+    assert (first["settings"]["version"], first["step"]) == (1, 2)
+    assert (second["settings"]["version"], second["step"]) == (2, 3)
+    assert json.loads(place.record_path("vae").read_text())["recipe"]["version"] == 2
+
+
 def test_fewer_steps_than_were_trained_change_nothing(runs, tmp_path):
     place = Place(tmp_path, 0, CPU)
     for name in ("vae", "clip", "text", "unet"):
