@@ -17,6 +17,10 @@ STAGES = {"stage1": Stage.ALIGNMENT, "stage2": Stage.MULTIMODAL}
 EQUAL_STEPS = 3
 TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 """Of the loss, relative; on a GPU the frozen parts are bfloat16 and sums are ordered differently."""
+ROWS_TOLERANCE = {"cpu": 1e-3, "cuda": 0.5}
+"""Of all that the steps changed in the rows, relative; 1 if one side had not trained. 4e-6 was seen on a CPU.
+AdamW makes a whole step of a gradient that differs by rounding alone, so a GPU is given much.
+"""
 
 
 def measure(settings: Settings) -> Report:
@@ -84,6 +88,11 @@ class _Paths:
     def check_equal(self) -> str:
         """Compare losses over a few optimizer steps, live and cached, and the trained rows after them."""
         theirs, ours = [], []
+        tables = (
+            (self.published.embedding, self.model.rows.embedding),
+            (self.published.head, self.model.rows.head),
+        )
+        before = [rows.detach().clone() for _, rows in tables]
         for _ in range(EQUAL_STEPS):
             loss, _ = self._published_step()
             with torch.no_grad():
@@ -91,14 +100,14 @@ class _Paths:
             live, _ = _step(self.model, self.batch, self.draws, self.optimizer, self.settings.device)
             theirs += [loss, loss]
             ours += [live, cached]
-        tolerance = TOLERANCE[self.settings.device.type]
-        line = assert_close(f"losses of {EQUAL_STEPS} steps", theirs, ours, tolerance)
-        for whole, rows in (
-            (self.published.embedding, self.model.rows.embedding),
-            (self.published.head, self.model.rows.head),
-        ):
-            torch.testing.assert_close(whole[-len(rows) :].detach(), rows.detach(), rtol=1e-2, atol=2e-5)
-        return f"{line}, and the trained rows after them"
+        kind = self.settings.device.type
+        line = assert_close(f"losses of {EQUAL_STEPS} steps", theirs, ours, TOLERANCE[kind])
+        for (whole, rows), start in zip(tables, before, strict=True):
+            change = rows.detach() - start
+            error = float((whole[-len(rows) :].detach() - rows.detach()).norm() / change.norm())
+            if not error <= ROWS_TOLERANCE[kind]:
+                raise AssertionError(f"the trained rows' changes differ by {error:.1%}")
+        return f"{line}, and what they changed in the trained rows"
 
     def reference(self) -> Phases:
         return self._published_step()[1]
