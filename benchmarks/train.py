@@ -19,7 +19,7 @@ TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 """Of the loss, relative; on a GPU the frozen parts are bfloat16 and sums are ordered differently."""
 ROWS_TOLERANCE = {"cpu": 1e-3, "cuda": 0.5}
 """Of all that the steps changed in the rows, relative; 1 if one side had not trained. 4e-6 was seen on a CPU.
-AdamW makes a whole step of a gradient that differs by rounding alone, so a GPU is given much.
+AdamW makes a whole step of a gradient that differs by rounding alone, so a GPU is given much; none was measured.
 """
 
 
@@ -86,7 +86,7 @@ class _Paths:
             self.published_optimizer = self.published.optimizer(self.training, factor)
 
     def check_equal(self) -> str:
-        """Compare losses over a few optimizer steps, live and cached, and the trained rows after them."""
+        """Compare losses over a few optimizer steps, live and cached, and what these did to the trained rows."""
         theirs, ours = [], []
         tables = (
             (self.published.embedding, self.model.rows.embedding),
