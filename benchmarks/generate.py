@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import quality, reference, worlds
+from benchmarks import limits, quality, reference, worlds
 from benchmarks.harness import Phases, Report, Settings, alternate, in_child, peak_bytes, timed
 from minigpt5.config import GenerationConfig, Stage
 from minigpt5.data.types import Reply
@@ -43,6 +43,10 @@ def measure(settings: Settings) -> Report:
     }
     seconds = {name: found["total"] for name, found in alternate(functions, settings.repeats).items()}
     _add_rows(report, seconds)
+    limit = limits.bandwidth(settings.device) / paths.bytes_per_token()
+    share = NEW_TOKENS / seconds["decode_1"] / limit
+    note = f"of {limit:.4g} tokens/s, at which the weights are read"
+    report.add("decoding, batch 1, of the bandwidth limit", "share", None, share, higher_is_better=True, note=note)
     memory = {path: in_child(settings, path)["peak"] / MEBIBYTE for path in ("reference", "ours")}
     report.add(
         "peak memory", "MiB", memory["reference"], memory["ours"], note=f"batch 1 against batch {BATCH_SIZE}"
@@ -93,6 +97,12 @@ class _Paths:
         self.model.stops = []
         if only in (None, "reference"):
             self.published = reference.ReferenceModel(self.model, take=only is not None)
+
+    def bytes_per_token(self) -> int:
+        """Return what one step of decoding reads at least: the layers and the output head."""
+        llama = self.model.backbone.language_model
+        read = [*llama.model.layers.parameters(), *llama.model.norm.parameters(), self.model.backbone.head_VH]
+        return sum(parameter.nbytes for parameter in read)
 
     def check_equal(self) -> str:
         """Compare tokens and pictures of every reply."""

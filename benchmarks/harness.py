@@ -107,6 +107,11 @@ class PhaseClock:
         self._last = now
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return what a training step runs under: ``bf16-mixed`` on a GPU, nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def timed(function: Callable[[], object], device: torch.device) -> Phases:
     """Return how long one call takes."""
     clock = PhaseClock(device)

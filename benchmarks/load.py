@@ -44,7 +44,7 @@ FIRST_SHARD = 0.74
 
 
 def measure(settings: Settings) -> Report:
-    """Load the same tensors from both layouts, each path once, in a process of its own."""
+    """Load the same tensors from every layout, each path once, in a process of its own; ours to the device."""
     report = Report(settings, rounds=1)
     with tempfile.TemporaryDirectory() as folder:
         size = _write(Path(folder), settings) / GIBIBYTE
@@ -75,7 +75,7 @@ def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
         model = _load_as_published(Path(folder) / "bin float16")
     else:
         config = LanguageModelConfig(weights=str(Path(folder) / how))
-        model, _, _ = load_language_model(config, torch.bfloat16)
+        model, _, _ = load_language_model(config, torch.bfloat16, settings.device)
     # A mapped file costs nothing until it is read, so every tensor is read before the clock stops.
     digest = _digest(model)
     seconds = time.perf_counter() - start
@@ -124,7 +124,8 @@ def _load_as_published(folder: Path) -> LlamaForCausalLM:
 
 def _digest(model: LlamaForCausalLM) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, held in sorted(model.state_dict().items()):
+        tensor = held.cpu()
         assert tensor.dtype is torch.bfloat16
         digest.update(f"{name} {tensor.flatten()[:4].tolist()}".encode())
         # Through NumPy, as torch's sum of bfloat16 would first make a copy.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from benchmarks.harness import PhaseClock, Phases
+from benchmarks.harness import PhaseClock, Phases, mixed_precision
 from minigpt5 import images
 from minigpt5.config import GenerationConfig, TrainingConfig
 from minigpt5.data.types import Batch, Prompt
@@ -216,7 +216,8 @@ def training_step(
 ) -> tuple[float, Phases]:
     """Take one optimizer step; returns the loss and its phases' seconds."""
     clock = PhaseClock(device)
-    loss = model(batch, draws)
+    with mixed_precision(device):
+        loss = model(batch, draws)
     clock.lap("forward")
     loss.backward()
     clock.lap("backward")

@@ -1,20 +1,36 @@
 """Training steps: seconds by phase, samples a second, peak memory, and the state the trained rows carry."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from benchmarks import reference, worlds
-from benchmarks.harness import PhaseClock, Phases, Report, Settings, alternate, assert_close, in_child, peak_bytes
+from benchmarks import limits, reference, worlds
+from benchmarks.harness import (
+    PhaseClock,
+    Phases,
+    Report,
+    Settings,
+    alternate,
+    assert_close,
+    in_child,
+    mixed_precision,
+    peak_bytes,
+)
 from minigpt5.config import Stage, TrainingConfig
 from minigpt5.data.types import Batch
 from minigpt5.losses import Draws
 from minigpt5.model import MiniGPT5
+from minigpt5.plan import build_counted, count_weights, plan_training
+from minigpt5.replay import Replay, Workload
 from minigpt5.training import build_optimizer
+from minigpt5.vokens import IGNORE_INDEX
 
 BATCH_SIZE = 4
 MEBIBYTE = 2**20
 STAGES = {"stage1": Stage.ALIGNMENT, "stage2": Stage.MULTIMODAL}
 EQUAL_STEPS = 3
+TERA = 1e12
 TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 """Of the loss, relative; on a GPU the frozen parts are bfloat16 and sums are ordered differently."""
 ROWS_TOLERANCE = {"cpu": 1e-3, "cuda": 0.5}
@@ -46,8 +62,14 @@ def _measure_stage(report: Report, name: str, stage: Stage) -> None:
     report.add(f"{name} live", "samples/s", rates["reference"], rates["live"], **more)
     report.add(f"{name} feature cache", "samples/s", rates["reference"], rates["cached"], **more)
     report.add(f"{name} cached total", "s", published["total"], cached["total"])
+    rate = limits.product_rate(settings.device, paths.model.backbone.projection.weight.dtype)
+    for label, step, phases in (("live", paths.live, live), ("feature cache", paths.cached, cached)):
+        share = limits.flop_of(step) / phases["total"] / rate
+        note = f"of {rate / TERA:.3g} TFLOP/s"
+        report.add(f"{name} {label}, of the rate of matrix products", "share", None, share, note=note, **more)
     rows_reference, rows_ours = paths.row_state()
     report.add(f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE)
+    report.add(f"{name} peak memory that --plan tells, live", "MiB", None, paths.planned_bytes() / MEBIBYTE)
     found = {path: in_child(settings, f"{name}:{path}") for path in ("reference", "live", "cached")}
     for path, label in (("live", "live"), ("cached", "feature cache")):
         for key, what in (("peak", "peak memory"), ("beyond_imports", "peak beyond the libraries")):
@@ -95,7 +117,7 @@ class _Paths:
         before = [rows.detach().clone() for _, rows in tables]
         for _ in range(EQUAL_STEPS):
             loss, _ = self._published_step()
-            with torch.no_grad():
+            with torch.no_grad(), mixed_precision(self.settings.device):
                 cached = float(self.model(self.features, self.draws).total)
             live, _ = _step(self.model, self.batch, self.draws, self.optimizer, self.settings.device)
             theirs += [loss, loss]
@@ -125,6 +147,18 @@ class _Paths:
         theirs = _state_bytes(self.published_optimizer, matrices) + sum(mask.nbytes for mask in masks)
         return theirs, _state_bytes(self.optimizer, (self.model.rows.embedding, self.model.rows.head))
 
+    def planned_bytes(self) -> float:
+        """Return what ``--plan`` computes for our live step, without its reserve."""
+        config = self.world.config
+        config = replace(config, training=replace(config.training, batch_size=BATCH_SIZE))
+        counted = build_counted(config)
+        frozen = self.model.backbone.projection.weight.dtype
+        weights = count_weights(counted, frozen)
+        positions = self.batch.input_ids_BT.shape[1]  # the beginning-of-sequence token stands for the placeholder
+        first_label = int((self.batch.labels_BT[0] != IGNORE_INDEX).nonzero()[0])
+        load = Workload(positions, positions - first_label, input_pictures=1)
+        return plan_training(config, weights, Replay(counted, frozen), load, devices=1).total
+
     def _published_step(self) -> tuple[float, Phases]:
         return reference.training_step(
             self.published, self.batch, self.draws, self.published_optimizer, self.settings.device
@@ -135,7 +169,8 @@ def _step(
     model: MiniGPT5, batch: Batch, draws: Draws, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> tuple[float, Phases]:
     clock = PhaseClock(device)
-    loss = model(batch, draws).total
+    with mixed_precision(device):
+        loss = model(batch, draws).total
     clock.lap("forward")
     loss.backward()
     clock.lap("backward")

@@ -81,7 +81,7 @@ def load_backbone(
     Args:
         config: sizes and weight sources.
         dtype: of everything that is not quantized.
-        device: where a quantized language model is made (default: the CPU); everything else is loaded to the CPU.
+        device: where the language model is made (default: the CPU); everything else is loaded to the CPU.
 
     Raises:
         InputError: a file is missing or does not fit.
@@ -111,7 +111,10 @@ def _fill_random(model: MiniGPT4, config: BackboneConfig, dtype: torch.dtype) ->
         "qformer.": config.qformer.weights is None,
         "projection.": config.projection_weights is None,
     }
-    unloaded = [key for key, value in model.state_dict().items() if value.is_meta]
+    # the language model came whole, wherever it was made
+    unloaded = [
+        key for key, value in model.state_dict().items() if value.is_meta and not key.startswith("language_model.")
+    ]
     allowed = tuple(part for part, is_random in without_file.items() if is_random)
     left = [key for key in unloaded if not key.startswith(allowed)]
     # a LAVIS ViT has its ln_vision from the Q-Former's file, which may be the one that is not configured

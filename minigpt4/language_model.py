@@ -49,7 +49,8 @@ def load_language_model(
     Args:
         config: the folder, what it should hold, and whether its layers are quantized.
         dtype: of everything that is not quantized.
-        device: where a quantized model is made (default: the CPU); bitsandbytes' layouts differ between devices.
+        device: where the model is made (default: the CPU). Elsewhere than on the CPU, every tensor goes there
+            from the mapped file and is converted there.
 
     Raises:
         InputError: the folder lacks a file, is no LLaMA, differs from the configured architecture, lacks
@@ -62,7 +63,7 @@ def load_language_model(
     architecture = _read_architecture(folder, config)
     tokenizer = load_tokenizer(folder)
     try:
-        model, info = _load_folder(folder, architecture, dtype, _quantization_arguments(config, dtype, device))
+        model, info = _load_folder(folder, architecture, dtype, _placement(config, dtype, device))
     except InputError:
         raise
     except Exception as error:  # a damaged file raises nearly anything here, SafetensorError to IndexError
@@ -97,12 +98,12 @@ def check_quantization(config: LanguageModelConfig) -> None:
 
 
 def _load_folder(
-    folder: Path, architecture: LlamaConfig, dtype: torch.dtype, quantization: dict[str, Any]
+    folder: Path, architecture: LlamaConfig, dtype: torch.dtype, placement: dict[str, Any]
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Build the model on a folder's tensors; returns what transformers says of their keys, too.
 
-    transformers itself would convert out of files that stay mapped to the end, so that the model and the files'
-    pages are resident together: twice the checkpoint.
+    On the CPU, transformers itself would convert out of files that stay mapped to the end, so that the model and
+    the files' pages are resident together: twice the checkpoint.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its own key warnings; the caller's report replaces them
@@ -111,11 +112,11 @@ def _load_folder(
         model, info = LlamaForCausalLM.from_pretrained(
             None,
             config=architecture,
-            state_dict=_read_folder(folder, dtype, is_quantized=bool(quantization)),
+            state_dict=_read_folder(folder, None if placement else dtype),
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the caller can list them with their names
-            **quantization,
+            **placement,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -125,32 +126,35 @@ def _load_folder(
     return model, info
 
 
-def _read_folder(folder: Path, dtype: torch.dtype, is_quantized: bool) -> State:
-    """Return a folder's tensors in the model's type.
+def _read_folder(folder: Path, dtype: torch.dtype | None) -> State:
+    """Return a folder's tensors in a type; None leaves them pages of the files.
 
-    For a quantized model they stay as they are in the files: the layers are quantized one by one, and converted
-    before that they would all be in memory.
+    That is for a model that is quantized or made on another device: transformers does either tensor by tensor,
+    and converted before that they would all be in memory.
     """
     flag = f"{FLAG}.weights"
     state: State = {}
     for file in weight_files(folder, flag):
-        state |= read_state(file, flag) if is_quantized else read_state_as(file, dtype, flag)
+        state |= read_state(file, flag) if dtype is None else read_state_as(file, dtype, flag)
     return state
 
 
-def _quantization_arguments(
-    config: LanguageModelConfig, dtype: torch.dtype, device: torch.device | None
-) -> dict[str, Any]:
-    """Return what ``from_pretrained`` needs to quantize the layers; embedding and head stay as they are."""
+def _placement(config: LanguageModelConfig, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs to make the model elsewhere or quantized; nothing where it is neither.
+
+    Quantized are the layers; embedding and head stay as they are. bitsandbytes' layouts differ between devices, so
+    a quantized model is made where it will run.
+    """
+    device = device or torch.device("cpu")
     if config.quantization == "none":
-        return {}
+        return {} if device.type == "cpu" else {"device_map": {"": device}}
     settings = BitsAndBytesConfig(
         load_in_8bit=config.quantization == "8bit",
         load_in_4bit=config.quantization == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": settings, "device_map": {"": device or torch.device("cpu")}}
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_tokenizer(folder: Path) -> LlamaTokenizer:

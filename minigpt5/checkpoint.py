@@ -207,8 +207,9 @@ def _restore_base(model: MiniGPT5, checkpoint: Checkpoint, report: KeyReport) ->
                 f"{checkpoint.path}: {len(value)} rows beside the new tokens' in {key}, "
                 f"the language model has {size}; is it another language model or number of vokens?"
             )
-        change = float((value.to(target.dtype) - target[:size]).abs().max())
-        target[:size] = value.to(target.dtype)
+        value = value.to(target)
+        change = float((value - target[:size]).abs().max())
+        target[:size] = value
         report.loaded.append(key)
         report.notes.append(f"{key} restored whole (changed by at most {change:.1e})")
 

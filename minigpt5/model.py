@@ -374,7 +374,7 @@ def build_model(
         loss: loss weights.
         stage: training stage.
         dtype: type of the frozen parts; trainable parts are float32.
-        device: where a quantized language model is made; everything else is loaded to the CPU.
+        device: where the language model is made (default: the CPU); everything else is loaded to the CPU.
 
     Raises:
         InputError: missing or wrong weights.

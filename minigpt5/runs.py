@@ -31,7 +31,7 @@ from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run, predict_samples
 from minigpt5.predictions import LEFT_OUT_FILE, PredictionStore, run_folder
 from minigpt5.preflight import check_model, check_run
-from minigpt5.strategies import choose_strategy
+from minigpt5.strategies import SHARDED, choose_strategy
 from minigpt5.training import TrainingModule, recompute_activations
 
 LOG_EVERY_STEPS = 10
@@ -121,6 +121,8 @@ def load_model(config: RunConfig, hardware: Hardware, local_rank: int | None = N
     if hardware.gpus:
         torch.set_float32_matmul_precision("high")
     device = hardware.device(process_place().local_rank if local_rank is None else local_rank)
+    if config.is_training and config.training.strategy == SHARDED:
+        device = torch.device("cpu")  # one card may not hold the language model that several share out
     model = build_model(config.model, config.loss, config.stage, hardware.frozen_dtype, device)
     for report in model.reports:
         print(report, file=sys.stderr)

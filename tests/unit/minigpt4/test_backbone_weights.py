@@ -293,3 +293,18 @@ def test_values_that_are_no_numbers_are_refused(config, tmp_path):
     torch.save({"model": state}, tmp_path / "nan.pth")
     with pytest.raises(InputError, match=r"nan\.pth: holds NaN or infinity in bias"):
         load_backbone(dataclasses.replace(config, projection_weights=str(tmp_path / "nan.pth")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_language_model_is_made_on_the_device_it_is_for(config, dtype):
+    """The meta device stands for a GPU: what is made there can be told from what is not."""
+    elsewhere = torch.device("meta")
+    loaded = load_backbone(config, dtype, elsewhere)
+    places = {name: tensor.device.type for name, tensor in loaded.model.named_parameters()}
+    assert {place for name, place in places.items() if name.startswith("language_model.")} == {"meta"}
+    assert {place for name, place in places.items() if not name.startswith("language_model.")} == {"cpu"}
+    assert {tensor.dtype for tensor in loaded.model.language_model.parameters()} == {dtype}
+    here = load_backbone(config, dtype)
+    assert [str(report) for report in loaded.reports] == [str(report) for report in here.reports]
+    for (name, made), expected in zip(loaded.model.named_parameters(), here.model.parameters(), strict=True):
+        assert made.shape == expected.shape, name

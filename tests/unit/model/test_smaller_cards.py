@@ -1,5 +1,6 @@
 """Quantized layers and an offloaded diffusion model: close to, or the same as, the whole model."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -14,6 +15,7 @@ from minigpt5.hardware import Hardware
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run
 from minigpt5.preflight import check_run
+from minigpt5.runs import load_model
 from minigpt5.strategies import choose_strategy
 from minigpt5.training import build_optimizer
 
@@ -67,8 +69,9 @@ def test_offloading_is_refused_in_training_and_no_matter_to_predictions():
     assert describe_run(config, "cc3m", data, checkpoint) == describe_run(plain, "cc3m", data, checkpoint)
 
 
-@pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
-def test_absent_quantization_package_is_an_input_error():
+def test_absent_quantization_package_is_an_input_error(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     config = configure(model__backbone__language_model__quantization="8bit")
     with pytest.raises(InputError, match=r"quantization: 8bit: .*pip install bitsandbytes"):
         check_quantization(config.model.backbone.language_model)
@@ -123,3 +126,22 @@ def test_strategies_that_cannot_run_are_input_errors():
     message = "needs a GPU" if installed else "pip install deepspeed"
     with pytest.raises(InputError, match=f"--strategy deepspeed_stage_2: .*{message}"):
         choose_strategy(configure(training__strategy="deepspeed_stage_2"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "is_training", "place"), [("ddp", True, "meta"), ("fsdp", False, "meta"), ("fsdp", True, "cpu")]
+)
+def test_language_model_goes_straight_to_its_card_unless_cards_share_it_out(strategy, is_training, place):
+    """The meta device stands for a GPU."""
+
+    class Elsewhere(Hardware):
+        def device(self, local_rank: int) -> torch.device:
+            return torch.device("meta")
+
+    config = configure(training__strategy=strategy, is_training=is_training)
+    if not is_training:
+        config = dataclasses.replace(config, test_weight=None)
+    model = load_model(config, Elsewhere((), "32-true"), 0)
+    assert {p.device.type for p in model.backbone.language_model.parameters()} == {place}
+    assert {p.device.type for p in model.diffusion.parameters()} == {"cpu"}
+    assert {p.device.type for p in model.place(torch.device("meta")).parameters()} == {"meta"}

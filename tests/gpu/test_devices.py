@@ -1,0 +1,166 @@
+"""What one device computes, another computes too. Run on a CPU against itself, these tests show that they work."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minigpt4.config import LanguageModelConfig
+from minigpt4.language_model import load_language_model
+from minigpt5.checkpoint import load_checkpoint
+from minigpt5.config import PROJECT_ROOT, LossConfig, RunConfig, Stage, load_config
+from minigpt5.data.types import Prompt, Reply
+from minigpt5.model import MiniGPT5, build_model
+from tests.parity.model import StageFixture, model_config
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "model"
+WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
+TINY = PROJECT_ROOT / "config" / "tiny.yaml"
+PICTURE = Image.effect_noise((64, 64), 50).convert("RGB")
+PROMPTS = [
+    Prompt("draw", "###Human: draw a red circle .\n###Assistant:"),
+    Prompt("picture", "###Human: what is this ? <Img><ImageHere></Img>\n###Assistant:", (PICTURE,)),
+]
+on_a_gpu = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
+def device(request) -> Iterator[torch.device]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield torch.device(request.param)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture(params=[1, 2], ids=["stage1", "stage2"])
+def fixture(request) -> StageFixture:
+    return StageFixture(FIXTURES, request.param)
+
+
+def configure(**values: object) -> RunConfig:
+    given = {"generation.num_inference_steps": 4, "generation.max_new_tokens": 12, "generation.images": "force"}
+    given |= {"generation.temperature": 0.0} | {key.replace("__", "."): value for key, value in values.items()}
+    return load_config(TINY, given, {})
+
+
+def build(config: RunConfig, device: torch.device) -> MiniGPT5:
+    torch.manual_seed(0)
+    return build_model(config.model, config.loss, Stage.ALIGNMENT).place(device).eval()
+
+
+def farthest(first: list[Reply], second: list[Reply]) -> int:
+    """Return the largest difference of any value of the replies' pictures, of 255."""
+    pairs = [
+        pair
+        for one, other in zip(first, second, strict=True)
+        for pair in zip(one.images, other.images, strict=True)
+    ]
+    assert len(pairs) == len(PROMPTS)
+    return max(int(np.abs(np.subtract(*(np.asarray(image, dtype=int) for image in pair))).max()) for pair in pairs)
+
+
+def test_losses_and_gradients_are_the_cpus(fixture, device):
+    found = {}
+    for place in (torch.device("cpu"), device):
+        model = fixture.model.to(place)
+        model.zero_grad()
+        losses = model(fixture.batch.to(place), fixture.draws())
+        losses.total.backward()
+        gradients = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
+        found[place.type] = (losses, torch.cat(gradients))
+    (expected, gradient), (ours, other) = found["cpu"], found[device.type]
+    for name, value in expected.as_dict().items():
+        assert ours.as_dict()[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.9999
+
+
+def test_training_in_bfloat16_follows_float32(fixture, device):
+    """Ten steps: frozen parts in bfloat16 under autocast, as ``bf16-mixed`` trains, against float32."""
+    curves = []
+    dims = json.loads((FIXTURES / "config.json").read_text())["dims"]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(model_config(FIXTURES, dims, 8), LossConfig(), fixture.stage, dtype).eval().to(device)
+        start = fixture.model.to(device).state_dict()
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(start[name])
+        batch, draws = fixture.batch.to(device), fixture.draws()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        curve = []
+        for _ in range(10):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+                loss = model(batch, draws).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(curve)
+    whole, half = curves
+    assert whole[-1] < 0.95 * whole[0]
+    assert half == pytest.approx(whole, rel=0.03)
+
+
+def test_replies_are_the_cpus(device):
+    config = configure()
+    expected = build(config, torch.device("cpu")).generate(PROMPTS, config.generation)
+    ours = build(config, device).generate(PROMPTS, config.generation)
+    assert [reply.token_ids for reply in ours] == [reply.token_ids for reply in expected]
+    assert farthest(ours, expected) <= 2
+
+
+def test_offloaded_diffusion_model_draws_the_same_pictures(device):
+    config = configure(model__diffusion__offload=True)
+    whole, offloaded = build(configure(), device), build(config, device)
+    for _ in range(2):  # the second time, the parts have been away
+        replies = [model.generate(PROMPTS, config.generation) for model in (whole, offloaded)]
+        assert farthest(*replies) <= 1
+        assert {parameter.device.type for parameter in offloaded.diffusion.parameters()} == {"cpu"}
+
+
+def test_language_model_that_is_loaded_to_the_device_is_the_same(device):
+    config = LanguageModelConfig(weights=str(WEIGHTS / "llama"))
+    expected, _, _ = load_language_model(config, torch.bfloat16)
+    ours, _, _ = load_language_model(config, torch.bfloat16, device)
+    assert {tensor.device.type for tensor in (*ours.parameters(), *ours.buffers())} == {device.type}
+    found = ours.state_dict()
+    assert all(torch.equal(found[name].cpu(), value) for name, value in expected.state_dict().items())
+
+
+def test_published_checkpoint_goes_into_a_model_on_the_device(device):
+    """Its own frozen rows too, which the published training drifted."""
+    dims = json.loads((FIXTURES / "config.json").read_text())["dims"]
+    config = model_config(FIXTURES, dims, 8)
+    expected = StageFixture(FIXTURES, 1).model
+    ours = build_model(config, LossConfig(), Stage.ALIGNMENT, device=device).to(device)
+    load_checkpoint(ours, FIXTURES / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
+    assert torch.equal(ours.backbone.embedding_VH.cpu(), expected.backbone.embedding_VH)
+    assert torch.equal(ours.rows.head.cpu(), expected.rows.head)
+
+
+@on_a_gpu
+def test_compiled_model_agrees_on_a_gpu(fixture):
+    model, batch = fixture.model.to("cuda"), fixture.batch.to("cuda")
+    expected = model(batch, fixture.draws()).total
+    model.compile_parts()
+    compiled = model(batch, fixture.draws()).total
+    compiled.backward()
+    assert compiled.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert model.mapper.queries.grad.abs().sum() > 0
+
+
+@on_a_gpu
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_quantized_model_replies_on_a_gpu(quantization):
+    config = configure(model__backbone__language_model__quantization=quantization)
+    torch.manual_seed(0)
+    model = build_model(config.model, config.loss, Stage.ALIGNMENT, torch.bfloat16, torch.device("cuda"))
+    replies = model.place(torch.device("cuda")).eval().generate(PROMPTS, config.generation)
+    assert all(len(reply.images) == 1 and reply.token_ids for reply in replies)
