@@ -1,5 +1,6 @@
 """What every suite shares: alternating timings, peak memory in a fresh process, the table and the JSON file."""
 
+import gc
 import json
 import platform
 import statistics
@@ -138,7 +139,13 @@ def alternate(paths: Mapping[str, Callable[[], Phases]], repeats: int) -> dict[s
 
 
 def in_child(settings: Settings, path: str) -> dict[str, float]:
-    """Run one path of a suite alone in a fresh process and return the figures that it prints."""
+    """Run one path of a suite alone in a fresh process and return the figures that it prints.
+
+    A GPU's memory that this process holds and no longer needs is given back first: two models may not fit.
+    """
+    gc.collect()
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()
     run = Path(__file__).with_name("run.py")
     command = [sys.executable, str(run), "--suite", settings.suite, "--preset", settings.preset]
     command += ["--seed", str(settings.seed), "--device", str(settings.device)]

@@ -48,6 +48,11 @@ def measure(settings: Settings) -> Report:
 
 
 def _measure_stage(report: Report, name: str, stage: Stage) -> None:
+    _measure_steps(report, name, stage)
+    _measure_memory(report, name)
+
+
+def _measure_steps(report: Report, name: str, stage: Stage) -> None:
     settings = report.settings
     paths = _Paths(settings, stage)
     report.equal.append(f"{name}: " + paths.check_equal())
@@ -70,6 +75,10 @@ def _measure_stage(report: Report, name: str, stage: Stage) -> None:
     rows_reference, rows_ours = paths.row_state()
     report.add(f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE)
     report.add(f"{name} peak memory that --plan tells, live", "MiB", None, paths.planned_bytes() / MEBIBYTE)
+
+
+def _measure_memory(report: Report, name: str) -> None:
+    settings = report.settings
     found = {path: in_child(settings, f"{name}:{path}") for path in ("reference", "live", "cached")}
     for path, label in (("live", "live"), ("cached", "feature cache")):
         for key, what in (("peak", "peak memory"), ("beyond_imports", "peak beyond the libraries")):

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import metric
+from benchmarks import run
 from examples import playground
 from minigpt4.errors import InputError
 from minigpt5 import checkpoint_command
@@ -64,6 +66,12 @@ def parse_web_demo(argv: list[str], variables: dict[str, str]) -> None:
     resolve_config(parse_arguments(argv), variables)
 
 
+def parse_pytest(argv: list[str], variables: dict[str, str]) -> None:
+    flag, marker = argv
+    settings = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert flag == "-m" and marker in {line.split(":")[0] for line in settings["markers"]}
+
+
 PARSERS = {
     "train_eval.py": parse_train_eval,
     "metric.py": parse_metric,
@@ -72,6 +80,8 @@ PARSERS = {
     "minigpt5.checkpoint": lambda argv, _: checkpoint_command.build_parser().parse_args(argv),
     "minigpt5.data.prepare": lambda argv, _: prepare.parse(argv),
     "minigpt5.tinyworld": lambda argv, _: tinyworld.build_parser().parse_args(argv),
+    "benchmarks/run.py": lambda argv, _: run.parse(argv),
+    "pytest": parse_pytest,
     "tests.parity": lambda argv, _: [Path(argv[0]).resolve(strict=True)],
 }
 
