@@ -23,6 +23,7 @@ from minigpt5 import images
 from minigpt5.config import GenerationConfig, TrainingConfig
 from minigpt5.data.types import Batch, Prompt
 from minigpt5.generation import sample_seed
+from minigpt5.kv_cache import as_argument
 from minigpt5.losses import Draws
 from minigpt5.model import MiniGPT5
 from minigpt5.vokens import IGNORE_INDEX
@@ -158,7 +159,7 @@ class ReferenceModel(nn.Module):
             output = self.backbone.language_model(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(1, length, dtype=torch.long, device=embeds.device),
-                past_key_values=cache,
+                **as_argument(cache),
                 use_cache=True,
                 output_hidden_states=True,
             )

@@ -24,7 +24,7 @@ from transformers.generation import (
 from minigpt4.tokenizer import LlamaTokenizer
 from minigpt5.adapters import Prefix
 from minigpt5.config import GenerationConfig
-from minigpt5.kv_cache import new_cache
+from minigpt5.kv_cache import as_argument, new_cache
 from minigpt5.vokens import VokenIds
 
 
@@ -229,7 +229,7 @@ def decode(
             inputs_embeds=hidden_BWH,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(1) - ahead - 1).clamp(min=0)[:, -width:],
-            past_key_values=cache,
+            **as_argument(cache),
             use_cache=True,
         ).last_hidden_state
         for reply, states_WH in zip(replies, states_BWH, strict=True):

@@ -7,11 +7,15 @@ that are filled.
 Shapes: B prompts, A heads, T positions, D head width.
 """
 
+import inspect
+
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 _LEAST_ROOM = 64
+_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""What LLaMA calls its cache: transformers is changing the name."""
 
 
 class BufferedLayer(DynamicLayer):
@@ -59,6 +63,11 @@ def room_after(prompt: int, longest: int) -> int:
     while room < longest:
         room = room_for(room + 1)
     return room
+
+
+def as_argument(cache: Cache) -> dict[str, Cache]:
+    """Return the keyword argument that hands LLaMA its cache, whatever this transformers calls it."""
+    return {_ARGUMENT: cache}
 
 
 def new_cache(config: LlamaConfig) -> Cache:

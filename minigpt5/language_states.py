@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from minigpt5.adapters import Prefix
 from minigpt5.assembly import Assembled
+from minigpt5.kv_cache import as_argument
 
 
 def last_states(
@@ -45,7 +46,7 @@ def _states_behind_prefix(
         inputs_embeds=embeds_BTH,
         attention_mask=torch.nn.functional.pad(prompt.mask_BT, (cache.get_seq_length(), 0), value=1),
         position_ids=torch.arange(embeds_BTH.shape[1], device=embeds_BTH.device)[None],
-        past_key_values=cache,
+        **as_argument(cache),
         use_cache=True,
     ).last_hidden_state
 
@@ -59,7 +60,7 @@ def _states_behind_constants(language_model: LlamaForCausalLM, embeds_BTH: Tenso
         hidden_BCH = language_model.model(
             inputs_embeds=embeds_BTH.detach()[:, :longest],
             attention_mask=prompt.mask_BT[:, :longest],
-            past_key_values=cache,
+            **as_argument(cache),
             use_cache=True,
         ).last_hidden_state
     # At least one, so that each process runs the layers equally often, forwards and backwards (--strategy fsdp).
@@ -72,7 +73,7 @@ def _states_behind_constants(language_model: LlamaForCausalLM, embeds_BTH: Tenso
         inputs_embeds=embeds_BTH[rows_B1, positions_BS],
         attention_mask=_suffix_mask(constant_B, longest, count, embeds_BTH.dtype),
         position_ids=positions_BS,
-        past_key_values=cache,
+        **as_argument(cache),
         use_cache=True,
     ).last_hidden_state
     hidden_BTH = torch.nn.functional.pad(hidden_BCH, (0, 0, 0, length - longest))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from minigpt5.config import ModelConfig, Stage
+from minigpt5.kv_cache import as_argument
 from minigpt5.model import MiniGPT5
 from minigpt5.training import recompute_activations
 
@@ -210,9 +211,9 @@ class Replay:
         if constant:
             with torch.no_grad():
                 first = embeds_BTH[:, :constant].detach()
-                self._decoder(first, self._mask(batch, constant), past_key_values=cache, use_cache=True)
+                self._decoder(first, self._mask(batch, constant), **as_argument(cache), use_cache=True)
         rest = positions - constant
-        more = {"past_key_values": cache, "use_cache": True} if constant or ahead else {}
+        more = {**as_argument(cache), "use_cache": True} if constant or ahead else {}
         return self._decoder(embeds_BTH[:, constant:], self._mask(batch, rest, ahead + positions), **more)
 
     def _image_loss(self, watch: LivePeak, hidden_BSH: Tensor, pictures: int) -> Tensor:

@@ -21,7 +21,7 @@ from minigpt5.checkpoint import load_checkpoint
 from minigpt5.config import GenerationConfig, LossConfig, Stage
 from minigpt5.data.types import Prompt
 from minigpt5.generation import choose_scores, stop_sequences
-from minigpt5.kv_cache import new_cache
+from minigpt5.kv_cache import as_argument, new_cache
 from minigpt5.model import MiniGPT5, build_model
 from tests.parity.model import model_config
 
@@ -178,7 +178,7 @@ def test_buffered_keys_and_values_are_those_of_the_dynamic_cache(model):
         embeds = torch.randn(2, length, llama.config.hidden_size)
         with torch.no_grad():
             ours, theirs = (
-                llama.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state for cache in caches
+                llama.model(inputs_embeds=embeds, **as_argument(cache)).last_hidden_state for cache in caches
             )
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -193,3 +193,11 @@ def test_vokens_enter_in_one_step_where_all_replies_read_them(model):
     hook.remove()
     assert widths[1] == model.voken_ids.count
     assert max(widths[2:], default=1) == 1
+
+
+def test_language_model_is_given_its_cache_by_the_name_it_has_now(model, recwarn):
+    llama = model.backbone.language_model
+    cache = new_cache(llama.config)
+    llama.model(inputs_embeds=torch.zeros(1, 3, 64), **as_argument(cache), use_cache=True)
+    assert cache.get_seq_length() == 3
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
