@@ -30,7 +30,7 @@ MEANINGS = {
     "size": "wanted thing: size",
     "position": "wanted thing: position",
     "background": "wanted thing: background",
-    "both_things": "wanted picture of two things: both, in all attributes",
+    "both_things": "wanted picture of two things: both, background aside",
     "text_consistent": "sentence agrees with its picture",
     "modality": "picture where one was wanted, none where none was",
 }
