@@ -11,6 +11,12 @@ INPUT_ERROR = 2
 INTERRUPTED = 130
 
 
+def quieten_libraries() -> None:
+    """Silence what a library says of other runs than these, in this process."""
+    # peft imports bitsandbytes where it is installed; that warns of kernels which only 4-bit layers would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
@@ -21,8 +27,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         main: takes the arguments and returns an exit code; None counts as 0.
         argv: arguments without the program's name; None takes ``sys.argv[1:]``.
     """
-    # peft imports bitsandbytes where it is installed; that warns of kernels which only 4-bit layers would use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return main(arguments) or 0

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
+from minigpt5.cli import quieten_libraries
+
 
 @contextmanager
 def worker_pool(at_once: int) -> Iterator[ProcessPoolExecutor]:
@@ -38,6 +40,7 @@ def worker_pool(at_once: int) -> Iterator[ProcessPoolExecutor]:
 def _begin(threads: int) -> None:
     # Ctrl-C reaches the whole process group; a worker that it ends while idle would block the pool's exit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quieten_libraries()
     import torch
 
     torch.set_num_threads(threads)

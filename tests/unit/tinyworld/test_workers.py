@@ -42,6 +42,16 @@ if __name__ == "__main__":
         print(*workers, flush=True)
         busy.result()
 """
+QUIET = """
+from minigpt5.tinyworld.workers import worker_pool
+
+def load():
+    import peft
+
+if __name__ == "__main__":
+    with worker_pool(1) as pool:
+        pool.submit(load).result()
+"""
 JOBS = """
 import os, sys, time
 from functools import partial
@@ -149,3 +159,12 @@ def is_alive(process: int) -> bool:
     status = Path(f"/proc/{process}/stat")
     # Where nobody asks how an orphan ended, it stays as a zombie.
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_libraries_for_other_runs_say_nothing_in_a_worker(tmp_path):
+    """bitsandbytes, which peft imports, has a word for some processors."""
+    script = tmp_path / "quiet.py"
+    script.write_text(QUIET)
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
