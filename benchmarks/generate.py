@@ -21,7 +21,9 @@ NEW_TOKENS = 32
 STEPS = 20
 MEBIBYTE = 2**20
 PIXEL_TOLERANCE = {"cpu": 2, "cuda": 64}
-"""Largest difference of a picture's 8-bit values; in bfloat16 on a GPU a batch rounds differently."""
+"""Largest difference of a picture's 8-bit values; in bfloat16 on a GPU a batch rounds differently.
+A reply that comes to other tokens by that is not compared, and is told.
+"""
 FEWER_STEPS = (20, 10, 8)
 """Steps of DPM-Solver++ that are timed."""
 FASTER = (20, 15, 10, 8, 6)
@@ -109,16 +111,20 @@ class _Paths:
         """Compare tokens and pictures of every reply."""
         ours = self.model.generate(self.requests, self.config)
         self.states = self._states(ours)
-        worst = 0
+        worst = different = 0
         for request, reply in zip(self.requests, ours, strict=True):
             tokens, pictures = self.published.generate(request, self.config)
-            same = tuple(tokens) == reply.token_ids
-            if not same and self.settings.device.type == "cpu":
-                raise AssertionError(f"{request.id}: tokens differ: {tokens} and {reply.token_ids}")
+            if tuple(tokens) != reply.token_ids:
+                if self.settings.device.type == "cpu":
+                    raise AssertionError(f"{request.id}: tokens differ: {tokens} and {reply.token_ids}")
+                different += 1
+                continue
             worst = max(worst, *_differences(pictures, reply.images))
         if worst > PIXEL_TOLERANCE[self.settings.device.type]:
             raise AssertionError(f"pictures differ by up to {worst} of 255")
-        return f"tokens of {BATCH_SIZE} replies; pictures within {worst} of 255"
+        if different == BATCH_SIZE:
+            raise AssertionError("the tokens of every reply differ")
+        return f"tokens of {BATCH_SIZE - different} of {BATCH_SIZE} replies; their pictures within {worst} of 255"
 
     def _states(self, replies: Sequence[Reply]) -> Tensor:
         decoded = self.model.decode_prompts(self.requests, self.config)

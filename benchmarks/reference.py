@@ -153,10 +153,11 @@ class ReferenceModel(nn.Module):
         embeds = self._prompt(request)
         cache = DynamicCache(config=self.backbone.language_model.config)
         tokens, history = [self.tokenizer.bos_id], []
+        head = self.head.to(self._dtype)
         starts = []
         length = embeds.shape[1]
         while len(tokens) <= config.max_new_tokens and tokens[-1] != self.tokenizer.eos_id:
-            output = self.backbone.language_model(
+            output = self.backbone.language_model.model(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(1, length, dtype=torch.long, device=embeds.device),
                 **as_argument(cache),
@@ -164,7 +165,8 @@ class ReferenceModel(nn.Module):
                 output_hidden_states=True,
             )
             history.append(output.hidden_states)
-            chosen = self._choose(output.logits[:, -1].float(), tokens, config, generator)
+            logits = F.linear(output.last_hidden_state, head)
+            chosen = self._choose(logits[:, -1].float(), tokens, config, generator)
             tokens.append(chosen)
             inputs = [chosen]
             if chosen == self.ids.first:

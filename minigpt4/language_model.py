@@ -50,7 +50,7 @@ def load_language_model(
         config: the folder, what it should hold, and whether its layers are quantized.
         dtype: of everything that is not quantized.
         device: where the model is made (default: the CPU). Elsewhere than on the CPU, every tensor goes there
-            from the mapped file and is converted there.
+            from the mapped file by itself, so that the host holds no copy of the model.
 
     Raises:
         InputError: the folder lacks a file, is no LLaMA, differs from the configured architecture, lacks

@@ -13,8 +13,10 @@ INTERRUPTED = 130
 
 def quieten_libraries() -> None:
     """Silence what a library says of other runs than these, in this process."""
-    # peft imports bitsandbytes where it is installed; that warns of kernels which only 4-bit layers would use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # peft imports bitsandbytes where it is installed; that warns of kernels which only 4-bit layers would use, and
+    # at every call of an 8-bit layer of the precision in which such layers compute.
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

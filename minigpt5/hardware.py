@@ -50,12 +50,13 @@ def choose_hardware(training: TrainingConfig) -> Hardware:
             notice = "notice: no GPU on this machine; --precision 16-mixed needs one and 32-true is used"
             print(notice, file=sys.stderr)
         precision = "32-true" if training.precision in ("auto", "16-mixed") else training.precision
-        return Hardware((), precision, _cpu_processes())
-    gpus = tuple(range(available)) if training.devices is None else training.devices
+        return Hardware((), precision, _processes_here() or 1)
+    launched = _processes_here()
+    gpus = tuple(range(min(available, launched or available))) if training.devices is None else training.devices
     absent = [str(index) for index in gpus if index >= available]
     if absent:
         raise InputError(f"--gpus: no GPU {', '.join(absent)}; this machine has 0 to {available - 1}")
-    return Hardware(gpus, "bf16-mixed" if training.precision == "auto" else training.precision)
+    return Hardware(gpus, _gpu_precision() if training.precision == "auto" else training.precision)
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,42 @@ def process_place() -> Place:
     if "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect():
         slurm = SLURMEnvironment()
         return Place(slurm.local_rank(), slurm.global_rank(), slurm.world_size())
-    local_rank, rank, world = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
-    return Place(local_rank, rank, max(1, world))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if "RANK" not in os.environ:
+        # Lightning's own children know but this, and in their parent it leaves WORLD_SIZE behind.
+        return Place(local_rank, 0, 1)
+    return Place(local_rank, int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def _cpu_processes() -> int:
-    if "LOCAL_WORLD_SIZE" not in os.environ and SLURMEnvironment.detect():
+def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
+    """Check that ``torchrun`` or SLURM started as many processes as the run has devices.
+
+    Raises:
+        InputError: another number; some would train alone, or wait for others for ever.
+    """
+    here, wanted = _processes_here(), hardware.device_count
+    if here is not None and here != wanted:
+        devices = f"{wanted} of its GPUs" if hardware.gpus else f"{wanted} on its CPU"
+        raise InputError(
+            f"{here} processes were started on this machine, but the run uses {devices}; start one a device "
+            "(torchrun --nproc-per-node, srun --ntasks-per-node), all of which see all devices, or give --gpus"
+        )
+    world = process_place().world
+    if here is not None and world != wanted * training.num_nodes:
+        raise InputError(
+            f"--num_nodes {training.num_nodes}: {world} processes were started, {wanted} on each machine"
+        )
+
+
+def _gpu_precision() -> str:
+    """Return the default on a GPU: older ones have no bfloat16 of their own."""
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def _processes_here() -> int | None:
+    """Return how many processes ``torchrun`` or SLURM started on this machine; None if neither did."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect():
         return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None

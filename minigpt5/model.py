@@ -243,7 +243,7 @@ class MiniGPT5(nn.Module):
 
     def _moments(self, batch: Batch) -> Tensor:
         if batch.output_moments_OCHW is not None:
-            return batch.output_moments_OCHW.to(self.device)
+            return batch.output_moments_OCHW.to(self.device, self.diffusion.vae.dtype)
         assert batch.output_pixels_O3HW is not None, "a response holds vokens but the batch has no picture"
         return self.diffusion.encode_pixels(batch.output_pixels_O3HW)
 

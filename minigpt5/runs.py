@@ -26,7 +26,7 @@ from minigpt5.config import DatasetName, RunConfig, Stage, TrainingConfig
 from minigpt5.data.module import DataModule
 from minigpt5.data.readers import write_problems
 from minigpt5.data.types import Split
-from minigpt5.hardware import Hardware, Place, choose_hardware, process_place
+from minigpt5.hardware import Hardware, Place, check_processes, choose_hardware, process_place
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run, predict_samples
 from minigpt5.predictions import LEFT_OUT_FILE, PredictionStore, run_folder
@@ -51,7 +51,9 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     config = replace(config, is_training=True)
     check_run(config)
     hardware = choose_hardware(config.training)
-    choose_strategy(config, hardware)  # fails before anything is loaded
+    # both fail before anything is loaded
+    choose_strategy(config, hardware)
+    check_processes(hardware, config.training)
     resume = None if config.resume is None else find_checkpoint(config.resume, config.paths, "--resume")
     if resume is not None:
         _check_resumable(resume, config)
@@ -194,7 +196,7 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
             use_distributed_sampler=False,
             logger=loggers or False,
             enable_model_summary=False,
-            callbacks=[TQDMProgressBar(), samples, *monitors, *callbacks],
+            callbacks=[TQDMProgressBar(LOG_EVERY_STEPS), samples, *monitors, *callbacks],
         )
     except ValueError as error:
         raise InputError(f"--strategy {training.strategy}, --precision {training.precision}: {error}") from None

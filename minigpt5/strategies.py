@@ -67,6 +67,9 @@ def shard_frozen(model: MiniGPT5, wrapped: torch.nn.Module) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trainable)
     shared = {id(parameter) for parameter in layers.parameters() if not parameter.requires_grad}
+    # One root over all layers: each would be one of its own, with its own stream and memory for what it gathers.
+    whole = {parameter for parameter in model.parameters() if id(parameter) not in shared}
+    fully_shard(model.backbone.language_model.model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     names = [name for name, parameter in wrapped.named_parameters() if id(parameter) in shared]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, names)
 

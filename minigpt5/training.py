@@ -66,16 +66,19 @@ class TrainingModule(LightningModule):
 
     def _log_losses(self, prefix: str, losses: Losses, batch_size: int) -> None:
         for name, value in losses.as_dict().items():
+            key, value = f"{prefix}_{name}", value.detach()
+            if prefix == "train":
+                # This process's own: a mean over all of them would stop every one in every batch.
+                self.log(f"{key}_step", value, prog_bar=True, on_step=True, on_epoch=False)
+                key = f"{key}_epoch"
+            # Every process has the same terms: within a data set all samples have a caption, or none has.
             self.log(
-                f"{prefix}_{name}",
-                value.detach(),
-                on_step=prefix == "train",
-                on_epoch=True,
-                prog_bar=True,
-                # Every process has the same terms: within a data set all samples have a caption, or none has.
-                sync_dist=True,
-                batch_size=batch_size,
+                key, value, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size
             )
+
+    def cpu(self) -> "TrainingModule":
+        """Stay where it is: at its end, Lightning would copy the whole model to the host, once a process."""
+        return self
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW with linear warm-up and decay to zero over the whole run (paper section 4.1)."""
@@ -117,8 +120,8 @@ def build_optimizer(model: MiniGPT5, config: TrainingConfig) -> torch.optim.Adam
         lr=config.learning_rate,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        # The fused step unscales float16's gradients itself, which Lightning cannot combine with clipping.
-        fused=config.precision != "16-mixed",
+        # The fused step could unscale gradients itself, and with such a one Lightning does not clip.
+        fused=config.precision != "16-mixed" and config.max_grad_norm is None,
     )
 
 

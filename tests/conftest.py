@@ -12,3 +12,12 @@ import torch  # noqa: E402
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and there is none")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_but_in_tests_of_one(request, monkeypatch):
+    """Hide GPUs, which runs would take by themselves: what is compared to the bit is compared on the CPU."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -128,8 +128,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on ``device``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        to_gpu = str(device).startswith("cuda")  # what comes back could be read before it is there
         moved = {
-            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            name: value.to(device, non_blocking=to_gpu) if hasattr(value, "to") else value
             for name, value in values.items()
         }
         return Batch(**moved)

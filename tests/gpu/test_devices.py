@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from minigpt5.checkpoint import load_checkpoint
 from minigpt5.config import PROJECT_ROOT, LossConfig, RunConfig, Stage, load_config
 from minigpt5.data.types import Prompt, Reply
 from minigpt5.model import MiniGPT5, build_model
+from minigpt5.tinyworld.pretraining.loop import Place
+from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder
 from tests.parity.model import StageFixture, model_config
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "model"
 WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
 TINY = PROJECT_ROOT / "config" / "tiny.yaml"
-PICTURE = Image.effect_noise((64, 64), 50).convert("RGB")
+PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 PROMPTS = [
     Prompt("draw", "###Human: draw a red circle .\n###Assistant:"),
     Prompt("picture", "###Human: what is this ? <Img><ImageHere></Img>\n###Assistant:", (PICTURE,)),
@@ -142,6 +145,15 @@ def test_published_checkpoint_goes_into_a_model_on_the_device(device):
     load_checkpoint(ours, FIXTURES / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
     assert torch.equal(ours.backbone.embedding_VH.cpu(), expected.backbone.embedding_VH)
     assert torch.equal(ours.rows.head.cpu(), expected.rows.head)
+
+
+def test_killed_pretraining_goes_on(device, tmp_path):
+    """Its checkpoint is read to the CPU, whatever the device."""
+    recipe = replace(PARTS["vae"].recipe, steps=2, batch_size=4, warmup_steps=1)
+    place = Place(tmp_path, 0, device)
+    prepare_folder(place)
+    PARTS["vae"].run(place, recipe, 8)
+    assert PARTS["vae"].run(place, replace(recipe, steps=4), 8)["steps"] == 4
 
 
 @on_a_gpu

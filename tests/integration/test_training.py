@@ -165,3 +165,29 @@ def test_recomputed_activations_change_nothing_but_the_work(quick_config, tmp_pa
     assert sum(calls) == 6
     last = "model-last.ckpt"
     assert_equal_weights(weights_of(tmp_path / "kept" / last), weights_of(tmp_path / "recomputed" / last))
+
+
+@pytest.mark.slow
+def test_gradients_are_clipped_in_mixed_precision(quick_config, tmp_path):
+    settings = {"training__precision": "bf16-mixed", "training__max_steps": 2}
+    norms = []
+
+    class Norm(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            held = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if held:
+                norms.append(torch.nn.utils.get_total_norm(held).item())
+
+    train(quick_config(**settings, training__max_grad_norm=0.01), [Norm()])
+    assert norms and max(norms) <= 0.0101
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clipped", [None, 0.01])
+def test_training_runs_and_resumes_on_a_gpu(quick_config, tmp_path, clipped):
+    """With pictures drawn in between, gradients clipped or not."""
+    settings = {"training__max_grad_norm": clipped, "training__sample_every_steps": 2, "training__max_steps": 4}
+    train(quick_config(**settings, paths__checkpoints=tmp_path))
+    resumed = {**settings, "training__max_steps": 6, "resume": tmp_path / "model-last.ckpt"}
+    train(quick_config(**resumed, paths__checkpoints=tmp_path))
+    assert torch.load(tmp_path / "model-last.ckpt", weights_only=True)["global_step"] == 6

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, floor, generate, harness, load, metric, run, train
+from benchmarks import data, floor, generate, harness, load, metric, reference, run, train
 from benchmarks.harness import Row, Settings, alternate
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, Stage, load_config
@@ -28,7 +28,17 @@ def test_our_training_steps_are_the_reference_paths(stage):
 def test_our_batched_replies_are_the_reference_paths_one_by_one(monkeypatch):
     for name, value in {"BATCH_SIZE": 3, "NEW_TOKENS": 12, "STEPS": 2}.items():
         monkeypatch.setattr(generate, name, value)
-    assert "tokens of 3 replies" in generate._Paths(settings("generate")).check_equal()
+    assert "tokens of 3 of 3 replies" in generate._Paths(settings("generate")).check_equal()
+
+
+def test_reference_path_decodes_in_bfloat16(monkeypatch):
+    """As it does on a GPU, where the frozen parts have that type and the trained matrices float32."""
+    monkeypatch.setattr(generate, "NEW_TOKENS", 4)
+    paths = generate._Paths(settings("generate"), only="ours")
+    paths.model.backbone.to(torch.bfloat16)
+    published = reference.ReferenceModel(paths.model)
+    tokens, (states,) = published.decode(paths.requests[0], paths.config)
+    assert tokens[1] == paths.model.voken_ids.first and states.dtype is torch.bfloat16
 
 
 def test_ratio_is_above_one_where_ours_is_better():

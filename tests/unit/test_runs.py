@@ -1,10 +1,9 @@
 import pytest
-import torch
 
 from minigpt4.errors import InputError
 from minigpt5.callbacks import plain_name, publish_checkpoint
 from minigpt5.config import TrainingConfig
-from minigpt5.hardware import Place, choose_hardware, process_place
+from minigpt5.hardware import Place, check_processes, choose_hardware, process_place
 from minigpt5.preflight import is_local
 from minigpt5.runs import StepPlan, build_loggers, plan_steps
 
@@ -114,6 +113,7 @@ def test_unknown_gpu_or_cpu_with_a_notice(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert choose_hardware(TrainingConfig()).gpus == (0, 1)
     assert choose_hardware(TrainingConfig(devices=(1,))).precision == "bf16-mixed"
     with pytest.raises(InputError, match="--gpus: no GPU 2, 5"):
@@ -139,7 +139,7 @@ def test_processes_of_torchrun_and_slurm_know_their_place(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert process_place() == Place(local_rank=1, rank=5, world=8)
-    assert choose_hardware(TrainingConfig()).cpu_processes == 4 or torch.cuda.is_available()
+    assert choose_hardware(TrainingConfig()).cpu_processes == 4
     # torchrun within a SLURM allocation starts the processes, and counts them
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -149,3 +149,49 @@ def test_processes_of_torchrun_and_slurm_know_their_place(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     assert process_place() == Place(0, 0, 1)
+
+
+def test_what_lightning_leaves_behind_is_no_place_among_processes(monkeypatch):
+    """Its launcher sets WORLD_SIZE in the parent, and LOCAL_RANK in the processes that it starts."""
+    for name in ("RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert process_place() == Place(local_rank=2, rank=0, world=1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "visible", "devices", "nodes", "problem"),
+    [
+        (2, 8, None, 1, None),  # as many GPUs as processes are taken
+        (2, 2, (0, 1), 1, None),
+        (2, 0, None, 1, None),
+        (2, 1, None, 1, "2 processes were started on this machine, but the run uses 1 of its GPUs"),
+        (2, 8, (0, 1, 2), 1, "2 processes were started on this machine, but the run uses 3 of its GPUs"),
+        (2, 2, None, 2, "--num_nodes 2: 2 processes were started, 2 on each machine"),
+    ],
+)
+def test_processes_that_were_started_must_be_the_runs_devices(
+    processes, visible, devices, nodes, problem, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: visible > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    started = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": processes}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    training = TrainingConfig(devices=devices, num_nodes=nodes)
+    if problem is None:
+        check_processes(choose_hardware(training), training)
+        assert choose_hardware(training).device_count == processes
+    else:
+        with pytest.raises(InputError, match=problem):
+            check_processes(choose_hardware(training), training)
+
+
+def test_cards_without_bfloat16_train_in_float16(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for supported, precision in ((True, "bf16-mixed"), (False, "16-mixed")):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert choose_hardware(TrainingConfig()).precision == precision

@@ -5,9 +5,11 @@ import shutil
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minigpt5.config import RunConfig
 from minigpt5.tinyworld.experiments.plan import Cell, Prediction, Training
 
 
@@ -18,7 +20,7 @@ def train(training: Training) -> None:
 
     folder = runs.checkpoint_folder(training.config)
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
-    runs.train(training.config)
+    runs.train(_on_one_device(training.config))
     last = folder / f"{plain_name(training.config.model_save_name)}-last.ckpt"
     training.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     last.replace(training.checkpoint)
@@ -30,8 +32,17 @@ def measure(prediction: Prediction) -> dict[str, Any]:
     from minigpt5.runs import predict
     from minigpt5.tinyworld.quality import score_folder
 
-    shares = score_folder(predict(prediction.config))
+    shares = score_folder(predict(_on_one_device(prediction.config)))
     return {share.name: {"right": share.right, "total": share.total, "value": share.value} for share in shares}
+
+
+def _on_one_device(config: RunConfig) -> RunConfig:
+    """Return a job's settings for one GPU: several are used by starting this whole program once for each."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return config
+    return replace(config, training=replace(config.training, devices=(0,)))
 
 
 def measure_cells(prediction: Prediction, cells: list[Cell], *, is_new: bool) -> None:

@@ -257,6 +257,7 @@ class _Run:
         try:
             self.module.load_state_dict(content["model"])
             self.average.load_state_dict(content["average"])
+            self.average.to(next(self.module.parameters()).device)  # the checkpoint was read to the CPU
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]

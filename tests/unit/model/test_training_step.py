@@ -9,7 +9,7 @@ import torch
 
 from minigpt5.config import TrainingConfig
 from minigpt5.data.types import Batch
-from minigpt5.training import build_optimizer, recompute_activations
+from minigpt5.training import TrainingModule, build_optimizer, recompute_activations
 from tests.parity.model import StageFixture
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
@@ -123,3 +123,27 @@ def test_fused_adamw_takes_the_same_steps(fixture):
             optimizer.step()
     for (name, ours), theirs in zip(fixture.model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_cached_features_in_bfloat16_train_a_model_in_float32(fixture):
+    """The feature cache is written in bfloat16, whatever the run's precision is."""
+    model, batch = fixture.model, fixture.batch
+    with torch.no_grad():
+        features = model.backbone.encode_images(batch.input_pixels_P3HW).bfloat16()
+        moments = model.diffusion.encode_pixels(batch.output_pixels_O3HW).bfloat16()
+    cached = dataclasses.replace(
+        batch,
+        input_pixels_P3HW=None,
+        output_pixels_O3HW=None,
+        input_features_PLH=features,
+        output_moments_OCHW=moments,
+    )
+    live = model(batch, fixture.draws()).total.item()
+    assert model(cached, fixture.draws()).total.item() == pytest.approx(live, rel=0.02)
+
+
+def test_the_end_of_training_copies_nothing_to_the_host(fixture):
+    """Lightning calls ``cpu`` there; the meta device, from which nothing can be copied, stands for a GPU."""
+    module = TrainingModule(fixture.model.to("meta"), TrainingConfig(), 1, {})
+    assert module.cpu() is module
+    assert module.model.rows.embedding.is_meta
