@@ -15,6 +15,7 @@ from minigpt5.tinyworld.__main__ import MEASURED, main
 from minigpt5.tinyworld.captions import plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
+from minigpt5.tinyworld.pretraining import text as text_part
 from minigpt5.tinyworld.pretraining.blanks import (
     ACCORD_CONTEXT_WEIGHT,
     CONTEXT_WEIGHT,
@@ -50,7 +51,7 @@ from minigpt5.tinyworld.pretraining.parts import (
 from minigpt5.tinyworld.pretraining.pool import GROUP, make_pool
 from minigpt5.tinyworld.pretraining.reader import JointReader, targets
 from minigpt5.tinyworld.pretraining.run import pretrain
-from minigpt5.tinyworld.pretraining.text import caption_states, wording_share
+from minigpt5.tinyworld.pretraining.text import CaptionReader, ReadingObjective, caption_states, wording_share
 from minigpt5.tinyworld.pretraining.vae import VaeObjective
 from minigpt5.tinyworld.pretraining.vision import EyesObjective, VisionObjective
 from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, belongs, seeded
@@ -659,3 +660,25 @@ def test_pretrain_tells_which_parts_have_no_floor(tmp_path, capsys, monkeypatch)
 def test_bad_flags_are_one_clear_error(arguments, message):
     with pytest.raises(InputError, match=message):
         main(arguments)
+
+
+def test_noise_and_sameness_come_once_captions_are_read(folder, monkeypatch):
+    """From the first step, they make states the same by losing what tells scenes apart."""
+    diffusion = load_folder_diffusion(folder)
+    reader = CaptionReader(diffusion.text_encoder)
+    objective = ReadingObjective(reader, diffusion.tokenizer, replace(PARTS["text"].recipe, batch_size=4))
+    plain, rising = text_part._PLAIN, text_part._RISING
+    seen = []
+    forward = reader.reader.forward
+    monkeypatch.setattr(reader.reader, "forward", lambda states: seen.append(states) or forward(states))
+    shares = []
+    for step in (0, plain, plain + rising // 2, plain + rising, plain + 2 * rising):
+        reader.steps.fill_(step)
+        losses = objective(torch.Generator().manual_seed(0))
+        assert int(reader.state_dict()["steps"]) == step + 1
+        # the same captions in every round, so what changes is the noise
+        difference = (seen[-1] - seen[0]).detach()
+        shares.append(float(difference.std()))
+        assert losses["wording"] > 0
+    assert shares[0] == shares[1] == 0
+    assert shares[2] == pytest.approx(shares[3] / 2, rel=1e-3) and shares[3] == shares[4] > 0
