@@ -181,6 +181,13 @@ def refuse_other_settings(path: Path, made: Mapping[str, object], wanted: Mappin
         raise InputError(f"{path}: made with other settings: {', '.join(others)}; give another --out or remove it")
 
 
+class Scheduled:
+    """An objective whose loss changes in the course of training."""
+
+    step: int = 0
+    """Steps taken, set before each."""
+
+
 class _Run:
     """What a checkpoint holds: step, weights, average, optimizer, smoothed losses, seconds."""
 
@@ -211,6 +218,8 @@ class _Run:
         """Take one step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)
+        if isinstance(loss_of, Scheduled):
+            loss_of.step = self.step
         seed, part = self.source
         losses = loss_of(torch.Generator().manual_seed(sample_seed(seed, part, self.step)))
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from minigpt5.data.cc3m import clean_caption
 from minigpt5.diffusion import CaptionTokenizer
 from minigpt5.tinyworld.captions import caption
 from minigpt5.tinyworld.pretraining.examples import any_scene
-from minigpt5.tinyworld.pretraining.loop import Recipe
+from minigpt5.tinyworld.pretraining.loop import Recipe, Scheduled
 from minigpt5.tinyworld.pretraining.pool import python_random
 from minigpt5.tinyworld.pretraining.reader import SceneReader, reading_loss
 from minigpt5.tinyworld.scenes import Scene
@@ -39,17 +39,13 @@ class CaptionReader(nn.Module):
         text_encoder: trained.
     """
 
-    steps: Tensor
-
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.reader = SceneReader(text_encoder.config.hidden_size)
-        # Part of the module's state, so that a resumed run goes on from it.
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
 
-class ReadingObjective:
+class ReadingObjective(Scheduled):
     """Loss of one step.
 
     Args:
@@ -63,8 +59,7 @@ class ReadingObjective:
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Return the loss, its part by wording, and the share of captions of which everything is read right."""
-        weight = min(1.0, max(0.0, (int(self.reader.steps) - _PLAIN) / _RISING))
-        self.reader.steps += 1
+        weight = min(1.0, max(0.0, (self.step - _PLAIN) / _RISING))
         rng = python_random(generator)
         scenes = [any_scene(rng) for _ in range(self.recipe.batch_size // 2)]
         # Each scene twice, in other words: once as the caption loss reads a caption, once as the pipeline does.
