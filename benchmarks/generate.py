@@ -15,6 +15,7 @@ from benchmarks.harness import Phases, Report, Settings, alternate, in_child, pe
 from minigpt5.config import GenerationConfig, Stage
 from minigpt5.data.types import Reply
 from minigpt5.generation import sample_seed
+from minigpt5.hardware import cpp_compiler
 
 BATCH_SIZE = 8
 NEW_TOKENS = 32
@@ -35,10 +36,14 @@ def measure(settings: Settings) -> Report:
     report = Report(settings)
     paths = _Paths(settings)
     report.equal.append(paths.check_equal())
+    compiles = cpp_compiler() is not None
+    if compiles:
+        report.equal.append(paths.check_compiled())
     functions: dict[str, Callable[[], Phases]] = {
         "decode_reference": paths.decode_reference,
         "decode": paths.decode,
         "decode_1": paths.decode_one,
+        **({"decode_1_compiled": partial(paths.decode_one, compiled=True)} if compiles else {}),
         "pictures_reference": paths.pictures_reference,
         "pictures": paths.pictures,
         **{f"dpm_{steps}": partial(paths.pictures, "dpm++", steps) for steps in FEWER_STEPS},
@@ -46,9 +51,14 @@ def measure(settings: Settings) -> Report:
     seconds = {name: found["total"] for name, found in alternate(functions, settings.repeats).items()}
     _add_rows(report, seconds)
     limit = limits.bandwidth(settings.device) / paths.bytes_per_token()
-    share = NEW_TOKENS / seconds["decode_1"] / limit
     note = f"of {limit:.4g} tokens/s, at which the weights are read"
-    report.add("decoding, batch 1, of the bandwidth limit", "share", None, share, higher_is_better=True, note=note)
+    for label, name in {
+        "decoding, batch 1": "decode_1",
+        "decoding, batch 1, compiled": "decode_1_compiled",
+    }.items():
+        if name in seconds:
+            share = NEW_TOKENS / seconds[name] / limit
+            report.add(f"{label}, of the bandwidth limit", "share", None, share, higher_is_better=True, note=note)
     del paths, functions  # the children's models take their place
     memory = {path: in_child(settings, path)["peak"] / MEBIBYTE for path in ("reference", "ours")}
     report.add(
@@ -64,6 +74,9 @@ def _add_rows(report: Report, seconds: dict[str, float]) -> None:
     tokens = {"reference": NEW_TOKENS / seconds["decode_reference"], "1": NEW_TOKENS / seconds["decode_1"]}
     tokens["8"] = BATCH_SIZE * NEW_TOKENS / seconds["decode"]
     report.add("decoding, batch 1", "tokens/s", tokens["reference"], tokens["1"], **more)
+    if "decode_1_compiled" in seconds:
+        compiled = NEW_TOKENS / seconds["decode_1_compiled"]
+        report.add("decoding, batch 1, compiled", "tokens/s", tokens["reference"], compiled, **more)
     report.add(f"decoding, batch {BATCH_SIZE}", "tokens/s", tokens["reference"], tokens["8"], **more)
     published = 1 / seconds["pictures_reference"]
     samplers = {f"{STEPS} steps": "pictures", **{f"DPM-Solver++ {n} steps": f"dpm_{n}" for n in FEWER_STEPS}}
@@ -126,6 +139,18 @@ class _Paths:
             raise AssertionError("the tokens of every reply differ")
         return f"tokens of {BATCH_SIZE - different} of {BATCH_SIZE} replies; their pictures within {worst} of 255"
 
+    def check_compiled(self) -> str:
+        """Compare the first reply's tokens with those of compiled steps, which are compiled by that."""
+        config = dataclasses.replace(self.config, compile=True)
+        (plain,), (compiled,) = (
+            self.model.decode_prompts(self.requests[:1], each) for each in (self.config, config)
+        )
+        if plain.token_ids != compiled.token_ids:
+            if self.settings.device.type == "cpu":
+                raise AssertionError(f"compiled steps give other tokens: {plain.token_ids}, {compiled.token_ids}")
+            return "compiled steps give other tokens for the first reply"
+        return f"{len(plain.token_ids)} tokens of compiled steps"
+
     def _states(self, replies: Sequence[Reply]) -> Tensor:
         decoded = self.model.decode_prompts(self.requests, self.config)
         return torch.stack([one.voken_states[0] for one in decoded])
@@ -138,9 +163,10 @@ class _Paths:
         """Decode all prompts in one batch."""
         return timed(lambda: self.model.decode_prompts(self.requests, self.config), self.settings.device)
 
-    def decode_one(self) -> Phases:
+    def decode_one(self, *, compiled: bool = False) -> Phases:
         """Decode the first prompt alone, our way."""
-        return timed(lambda: self.model.decode_prompts(self.requests[:1], self.config), self.settings.device)
+        config = dataclasses.replace(self.config, compile=compiled)
+        return timed(lambda: self.model.decode_prompts(self.requests[:1], config), self.settings.device)
 
     def pictures_reference(self) -> Phases:
         """Render one picture alone."""

@@ -197,6 +197,9 @@ class GenerationConfig:
     guidance_scale: float = Field(default=7.5, ge=0)
     scheduler: Literal["default", "ddim", "dpm++"] = "default"
     """default: the scheduler of the Stable Diffusion folder (PNDM for 2.1-base)."""
+    compile: bool = False
+    """Compile the step that decodes a token: a minute at the start, faster steps where launching them takes longer
+    than computing them, as on a GPU."""
     baseline_images: bool = True
     """Also render Stable Diffusion's own picture of the caption, where a sample has one."""
     seed: int = 42

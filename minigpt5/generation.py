@@ -12,19 +12,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
-from transformers.cache_utils import Cache
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TopPLogitsWarper,
 )
 
 from minigpt4.tokenizer import LlamaTokenizer
-from minigpt5.adapters import Prefix
 from minigpt5.config import GenerationConfig
-from minigpt5.kv_cache import as_argument, new_cache
+from minigpt5.decoding_steps import DecodingSteps
 from minigpt5.vokens import VokenIds
 
 
@@ -190,7 +186,7 @@ class _Reply:
 
 @torch.no_grad()
 def decode(
-    language_model: LlamaForCausalLM,
+    steps: DecodingSteps,
     embeds: Sequence[Tensor],
     *,
     embed: Callable[[Tensor], Tensor],
@@ -200,13 +196,12 @@ def decode(
     config: GenerationConfig,
     generators: Sequence[torch.Generator],
     stops: list[tuple[int, ...]],
-    prefix: Prefix | None = None,
     trace: bool = False,
 ) -> list[Decoded]:
     """Decode replies to a batch of prompts.
 
     Args:
-        language_model: LLaMA; only its decoder stack is called.
+        steps: the language model.
         embeds: prompt embeddings ``[T, H]``, one a prompt, with the beginning-of-sequence token.
         embed: token ids ``[B, W]`` → embeddings ``[B, W, H]``, new tokens included.
         head: states ``[B, H]`` → logits ``[B, V]``, new tokens included.
@@ -215,23 +210,12 @@ def decode(
         config: decoding settings.
         generators: one CPU generator a prompt.
         stops: token sequences that end a reply.
-        prefix: trained keys and values in front of every prompt, also of its padding.
         trace: keep every step's last state and scores.
     """
-    hidden_BWH, mask_BT = _pad_left(embeds)
-    cache = _start_cache(language_model, prefix, hidden_BWH)
-    ahead = cache.get_seq_length()
-    mask_BT = F.pad(mask_BT, (ahead, 0), value=1)
+    hidden_BTH, mask_BT = _pad_left(embeds)
+    states_BWH = steps.begin(hidden_BTH, mask_BT, config.max_new_tokens + ids.count)
     replies = [_Reply(tokenizer.bos_id, ids, config, stops) for _ in embeds]
     while True:
-        width = hidden_BWH.shape[1]
-        states_BWH = language_model.model(
-            inputs_embeds=hidden_BWH,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(1) - ahead - 1).clamp(min=0)[:, -width:],
-            **as_argument(cache),
-            use_cache=True,
-        ).last_hidden_state
         for reply, states_WH in zip(replies, states_BWH, strict=True):
             reply.see_states(states_WH)
         choosing = [row for row, reply in enumerate(replies) if reply.chooses]
@@ -247,16 +231,8 @@ def decode(
         # same states.
         width = min(len(reply.queue) for reply in active)
         inputs = [reply.take(width) if reply.active else [tokenizer.pad_id] * width for reply in replies]
-        hidden_BWH = embed(torch.tensor(inputs, device=hidden_BWH.device)).to(hidden_BWH.dtype)
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(replies), width)], dim=1)
-
-
-def _start_cache(language_model: LlamaForCausalLM, prefix: Prefix | None, hidden_BTH: Tensor) -> Cache:
-    """Return a cache that holds the prefix, if there is one, for each of B prompts."""
-    cache = new_cache(language_model.config)
-    if prefix is not None:
-        prefix.fill(cache, len(hidden_BTH), hidden_BTH.dtype)
-    return cache
+        hidden_BWH = embed(torch.tensor(inputs, device=hidden_BTH.device)).to(hidden_BTH.dtype)
+        states_BWH = steps.go_on(hidden_BWH)
 
 
 def _choose_tokens(

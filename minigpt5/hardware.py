@@ -1,6 +1,7 @@
 """Which devices and which precision a run uses."""
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -99,6 +100,12 @@ def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
         raise InputError(
             f"--num_nodes {training.num_nodes}: {world} processes were started, {wanted} on each machine"
         )
+
+
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that ``torch.compile`` finds, if any; on a GPU too, it needs one."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def _gpu_precision() -> str:

@@ -1,8 +1,8 @@
 """Keys and values of decoded positions, in buffers with room for the next ones.
 
 transformers' ``DynamicCache`` copies everything it holds at every step; its ``StaticCache`` does not, but every
-step then attends to all of the room, masked or not. Here a step writes its own positions and attends to those
-that are filled.
+step then attends to all of the room, masked or not, which only a compiled step wants. Here a step writes its own
+positions and attends to those that are filled.
 
 Shapes: B prompts, A heads, T positions, D head width.
 """
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 _LEAST_ROOM = 64
+_LEAST_FIXED_ROOM = 256
 _ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """What LLaMA calls its cache: transformers is changing the name."""
 
@@ -63,6 +64,11 @@ def room_after(prompt: int, longest: int) -> int:
     while room < longest:
         room = room_for(room + 1)
     return room
+
+
+def fixed_room(positions: int) -> int:
+    """Return the room of a cache whose shape stays: a power of two, so that few shapes are compiled."""
+    return max(_LEAST_FIXED_ROOM, 1 << (positions - 1).bit_length())
 
 
 def as_argument(cache: Cache) -> dict[str, Cache]:

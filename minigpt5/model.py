@@ -21,6 +21,7 @@ from minigpt5.adapters import Prefix, adapt
 from minigpt5.assembly import Assembled, insert_pictures
 from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, TrainingConfig
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
+from minigpt5.decoding_steps import CompiledSteps, DecodingSteps, GrowingSteps
 from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
 from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
 from minigpt5.language_states import last_states
@@ -66,6 +67,7 @@ class MiniGPT5(nn.Module):
         self.rows = VokenRows(embedding_VH, head_VH, base_size, config.vokens.count + 1)
         self.mapper = FeatureMapper(config.mapper, config.vokens.count, embedding_VH.shape[1], diffusion.width)
         self.prefix: Prefix | None = None
+        self._compiled_steps: CompiledSteps | None = None
         self.reports: list[KeyReport] = []
         self.has_stage1 = False
         """Set once stage-1 weights are loaded; stage-2 weights only go on top of them."""
@@ -301,7 +303,7 @@ class MiniGPT5(nn.Module):
             torch.Generator().manual_seed(sample_seed(config.seed, request.id, "text")) for request in requests
         ]
         decoded = decode(
-            self.backbone.language_model,
+            self._steps(config.compile),
             embeds,
             embed=self.embed,
             head=self.logits,
@@ -310,11 +312,18 @@ class MiniGPT5(nn.Module):
             config=config,
             generators=generators,
             stops=self.stops if stops is None else stops,
-            prefix=self.prefix,
             trace=trace,
         )
         self.train(was_training)
         return decoded
+
+    def _steps(self, compiled: bool) -> DecodingSteps:
+        """Return the language model's steps; compiled ones are kept, with their graphs."""
+        if not compiled:
+            return GrowingSteps(self.backbone.language_model, self.prefix)
+        if self._compiled_steps is None:
+            self._compiled_steps = CompiledSteps(self.backbone.language_model, self.prefix)
+        return self._compiled_steps
 
     def prompt_embeds(self, requests: Sequence[Prompt]) -> list[Tensor]:
         """Return prompts' embeddings ``[T, H]`` with the beginning-of-sequence token and their pictures."""

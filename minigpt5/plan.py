@@ -12,7 +12,7 @@ import torch
 from minigpt4.errors import InputError
 from minigpt5.config import RunConfig, Stage
 from minigpt5.hardware import FROZEN_DTYPES
-from minigpt5.kv_cache import room_after
+from minigpt5.kv_cache import fixed_room, room_after
 from minigpt5.model import MiniGPT5, build_random
 from minigpt5.replay import Replay, Workload, is_frozen_part
 from minigpt5.strategies import SHARDED
@@ -200,7 +200,12 @@ def plan_prediction(config: RunConfig, weights: WeightBytes, replay: Replay, loa
     batch, generation = config.generation.batch_size, config.generation
     phases = replay.prediction(batch, load, guided=generation.guidance_scale > 1)
     positions = load.positions(config.model)
-    cache = kv_cache_bytes(replay.model, batch, positions, positions + generation.max_new_tokens)
+    longest = positions + generation.max_new_tokens
+    if generation.compile:
+        room = fixed_room(longest + config.model.vokens.count)
+    else:
+        room = room_after(positions, longest)
+    cache = kv_cache_bytes(replay.model, batch, room)
     needs = {"keys and values": cache + phases["language"], **phases}
     kept = weights.parameters
     if config.model.diffusion.offload:
@@ -219,15 +224,14 @@ def plan_prediction(config: RunConfig, weights: WeightBytes, replay: Replay, loa
     return Plan(lines)
 
 
-def kv_cache_bytes(model: MiniGPT5, batch: int, prompt: int, longest: int) -> int:
-    """Return the bytes of the buffers that hold every layer's keys and values of whole replies.
+def kv_cache_bytes(model: MiniGPT5, batch: int, room: int) -> int:
+    """Return the bytes of the buffers that hold every layer's keys and values.
 
-    batch · layers · 2 · key-value heads · head width · room, with the room that doubles when it is full.
+    batch · layers · 2 · key-value heads · head width · room (positions of a prompt that there is space for).
     """
     config = model.backbone.language_model.config
     width = config.hidden_size // config.num_attention_heads
     itemsize = model.backbone.projection.weight.dtype.itemsize
-    room = room_after(prompt, longest)
     return batch * config.num_hidden_layers * 2 * config.num_key_value_heads * width * room * itemsize
 
 

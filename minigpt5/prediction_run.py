@@ -30,7 +30,7 @@ def open_prompt(sample: Sample) -> Prompt:
 def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
     """Return what the predictions depend on, as plain values for ``run.json``.
 
-    Replies depend neither on the batch size nor on offloading, so a run may be continued with others.
+    Replies depend neither on the batch size nor on offloading or compiling, so a run may be continued with others.
 
     Args:
         config: the run.
@@ -39,7 +39,7 @@ def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: 
         checkpoints: flag → file, in loading order.
     """
     generation = TypeAdapter(GenerationConfig).dump_python(config.generation, mode="json")
-    del generation["batch_size"]
+    del generation["batch_size"], generation["compile"]
     model = TypeAdapter(ModelConfig).dump_python(config.model, mode="json")
     del model["diffusion"]["offload"]
     return {

@@ -13,6 +13,7 @@ from minigpt5.data.feature_cache import check_feature_folder
 from minigpt5.data.module import FLAGS
 from minigpt5.data.readers import check_records, detect_dataset
 from minigpt5.data.types import Split
+from minigpt5.hardware import cpp_compiler
 from minigpt5.vokens import voken_text
 
 
@@ -76,6 +77,15 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
     yield from _missing_checkpoints(config)
     yield from _missing_weights(config)
     yield from _attempt(check_quantization, config.model.backbone.language_model)
+    compiles = {
+        "training.compile": config.training.compile and config.is_training,
+        "generation.compile": config.generation.compile,
+    }
+    for key in (key for key, wanted in compiles.items() if wanted and cpp_compiler() is None):
+        yield (
+            f"{key}: torch.compile needs a C++ compiler and finds none (g++ or clang++, or CXX's); install one, "
+            "or leave it off"
+        )
 
 
 def _unusable_data(config: RunConfig, split: Split, name: Path | None) -> Iterator[str]:

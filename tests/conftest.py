@@ -12,6 +12,11 @@ import torch  # noqa: E402
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and there is none")
+    if item.get_closest_marker("compiler"):
+        from minigpt5.hardware import cpp_compiler
+
+        if cpp_compiler() is None:
+            pytest.skip("needs a C++ compiler (g++ or clang++), and there is none")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from minigpt4.config import LanguageModelConfig
 from minigpt4.language_model import load_language_model
@@ -165,6 +166,19 @@ def test_compiled_model_agrees_on_a_gpu(fixture):
     compiled.backward()
     assert compiled.item() == pytest.approx(expected.item(), rel=1e-3)
     assert model.mapper.queries.grad.abs().sum() > 0
+
+
+@pytest.mark.compiler
+def test_replies_with_compiled_steps_are_the_same(device):
+    config = configure(generation__images="never")
+    model = build(config, device)
+    expected = model.generate(PROMPTS, config.generation)
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(3):  # on a GPU recorded, then replayed over the same cache
+        replies = model.generate(PROMPTS, replace(config.generation, compile=True))
+        assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @on_a_gpu

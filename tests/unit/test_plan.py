@@ -147,7 +147,17 @@ def test_keys_and_values_take_what_the_cache_takes(prompt, longest):
             cache.update(new[:, :, :positions], new[:, :, :positions], layer)
     held = {id(buffer): buffer.nbytes for layer in cache.layers for buffer in layer._buffers}
     assert cache.layers[0]._buffers[0].shape[2] == room_after(prompt, longest)
-    assert kv_cache_bytes(model, 3, prompt, longest) == sum(held.values())
+    assert kv_cache_bytes(model, 3, room_after(prompt, longest)) == sum(held.values())
+
+
+def test_compiled_steps_keep_a_room_of_their_own():
+    config = configure(
+        Stage.ALIGNMENT, generation__batch_size=8, generation__max_new_tokens=5000, generation__compile=True
+    )
+    model = build_counted(config)
+    replay, load = Replay(model, torch.float32), Workload(40, 10, 0)
+    plan = plan_prediction(config, count_weights(model, torch.float32), replay, load)
+    assert plan.lines["keys and values"] == kv_cache_bytes(model, 8, 8192)
 
 
 def test_strategies_share_out_what_they_say():

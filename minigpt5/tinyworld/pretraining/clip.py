@@ -25,7 +25,7 @@ from minigpt5.tinyworld.pretraining.pool import Pool
 from minigpt5.tinyworld.pretraining.reader import JointReader, reading_loss
 
 RECIPE = Recipe(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
-SCORER_RECIPE = Recipe(steps=2100, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
+SCORER_RECIPE = Recipe(steps=2700, batch_size=64, learning_rate=1e-3, warmup_steps=200, weight_decay=0.05)
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 _LARGEST_LOGIT_SCALE = math.log(100)
 """Both as in CLIP (arXiv 2103.00020, section 2.5)."""

@@ -78,6 +78,7 @@ def test_compiled_model_agrees():
     torch.testing.assert_close(fixture.model.mapper.queries.grad, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.compiler
 def test_generated_code_of_the_mapper_agrees():
     mapper = StageFixture(FIXTURES, 1).model.mapper
     vokens = torch.randn(3, 8, 64)

@@ -69,6 +69,19 @@ def test_offloading_is_refused_in_training_and_no_matter_to_predictions():
     assert describe_run(config, "cc3m", data, checkpoint) == describe_run(plain, "cc3m", data, checkpoint)
 
 
+@pytest.mark.parametrize(("key", "is_training"), [("training.compile", True), ("generation.compile", False)])
+def test_compiling_without_a_compiler_is_an_input_error(monkeypatch, key, is_training):
+    monkeypatch.setenv("CXX", "/absent/c++")
+    with pytest.raises(InputError, match=rf"{key}: torch\.compile needs a C\+\+ compiler"):
+        check_run(configure(**{key.replace(".", "__"): True}, is_training=is_training))
+
+
+def test_compiled_steps_are_no_matter_to_predictions():
+    data, checkpoint = PROJECT_ROOT / "config" / "tiny.yaml", {"--test_weight": CHECKPOINTS / "stage1_cc3m.ckpt"}
+    plain, compiled = configure(), configure(generation__compile=True)
+    assert describe_run(compiled, "cc3m", data, checkpoint) == describe_run(plain, "cc3m", data, checkpoint)
+
+
 def test_absent_quantization_package_is_an_input_error(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))

@@ -1,0 +1,83 @@
+"""Compiled steps of decoding read what growing ones read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt5.adapters import Prefix
+from minigpt5.checkpoint import load_checkpoint
+from minigpt5.config import LossConfig, Stage
+from minigpt5.decoding_steps import CompiledSteps, GrowingSteps
+from minigpt5.kv_cache import fixed_room
+from minigpt5.model import MiniGPT5, build_model
+from tests.parity.model import model_config
+
+FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
+WIDTHS = (1, 1, 8, *[1] * 20)
+
+
+class Capture:
+    """A compiler that runs the captured graphs as they are; tests/gpu generates code."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT5:
+    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
+    built = build_model(model_config(FIXTURE, dims, 8), LossConfig(), Stage.ALIGNMENT)
+    load_checkpoint(built, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
+    return built.eval()
+
+
+def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(len(lengths), max(lengths), 64)
+    mask = torch.tensor([[0] * (max(lengths) - length) + [1] * length for length in lengths])
+    return hidden * mask[..., None], mask
+
+
+@pytest.mark.parametrize("prefix_length", [0, 3])
+@torch.no_grad()
+def test_compiled_steps_give_the_states_of_growing_ones(model, prefix_length, monkeypatch):
+    monkeypatch.setattr("minigpt5.kv_cache._LEAST_FIXED_ROOM", 8)
+    torch.manual_seed(0)
+    llama = model.backbone.language_model
+    prefix = Prefix(llama.config, prefix_length) if prefix_length else None
+    capture, rooms = Capture(), []
+    compiled = CompiledSteps(llama, prefix, capture)
+    for lengths in ((9, 4), (5, 7), (6,)):
+        growing = GrowingSteps(llama, prefix)
+        hidden, mask = prompts(*lengths)
+        read = mask.bool()
+        expected = growing.begin(hidden, mask, 4)[read]
+        torch.testing.assert_close(compiled.begin(hidden, mask, 4)[read], expected, rtol=1e-4, atol=1e-5)
+        for width in WIDTHS:
+            hidden = torch.randn(len(lengths), width, 64)
+            torch.testing.assert_close(compiled.go_on(hidden), growing.go_on(hidden), rtol=1e-4, atol=1e-5)
+        rooms.append(compiled._cache.layers[0].keys.shape[2])
+    assert rooms == [64, 64, 64]
+    # one whole graph each: two prompts in rooms of 16, 32 and 64, and one prompt in the same
+    assert capture.graphs == 6
+
+
+@torch.no_grad()
+def test_states_of_a_compiled_step_stay_when_the_next_is_made(model):
+    compiled = CompiledSteps(model.backbone.language_model, backend=Capture())
+    compiled.begin(*prompts(5, 3), 4)
+    kept = compiled.go_on(torch.randn(2, 1, 64))
+    before = kept.clone()
+    compiled.go_on(torch.randn(2, 1, 64))
+    assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize(("positions", "room"), [(1, 256), (256, 256), (257, 512), (1025, 2048)])
+def test_fixed_rooms_are_few(positions, room):
+    assert fixed_room(positions) == room
