@@ -81,8 +81,9 @@ class CompiledSteps(DecodingSteps):
     """Steps of one position run as one compiled graph, on a GPU as one launch (``torch.compile``, CUDA graphs).
 
     For that, all shapes and addresses stay what they are: a step attends to the whole room of its cache, masked
-    where nothing has been read, and a cache serves every batch of its size. There is one graph for each batch size
-    and room; a room that gets full is doubled. Prompts and steps of several positions run as they are.
+    where nothing has been read, and a cache serves every further batch of its size. There is one graph for each
+    batch size and room; a room that gets full is doubled, and none shrinks. Prompts and steps of several positions
+    run as they are.
 
     Args:
         backend: what compiles instead of torch's own compiler.
@@ -100,14 +101,14 @@ class CompiledSteps(DecodingSteps):
         how = {"mode": "reduce-overhead"} if backend is None else {"backend": backend}
         self._compiled: Callable[..., Tensor] = torch.compile(self._forward, dynamic=False, **how)
         self._cache: StaticCache | None = None
-        self._cache_key: tuple[object, ...] = ()
+        self._kind: tuple[object, ...] = ()
+        self._room = self._held = 0
 
     def begin(self, hidden_BTH: Tensor, mask_BT: Tensor, new_positions: int) -> Tensor:
         """Read prompts; see the base class."""
         samples, length = mask_BT.shape
         self._held = 0 if self._prefix is None else self._prefix.keys_KAPD.shape[2]
-        self._room = fixed_room(self._held + length + new_positions)
-        self._cache = self._empty_cache(hidden_BTH)
+        self._cache = self._empty_cache(hidden_BTH, fixed_room(self._held + length + new_positions))
         if self._prefix is not None:
             self._prefix.fill(self._cache, samples, hidden_BTH.dtype)
         seen_BX = F.pad(mask_BT.bool(), (self._held, 0), value=True)
@@ -150,21 +151,21 @@ class CompiledSteps(DecodingSteps):
         self._held += width
         return hidden_BWH, mask_BWR[:, None], positions_BW
 
-    def _empty_cache(self, like_BTH: Tensor) -> StaticCache:
-        """Return a cache with the present room: the last batch's, if it fits."""
-        key = (len(like_BTH), self._room, like_BTH.dtype, like_BTH.device, torch.is_inference_mode_enabled())
-        if self._cache is not None and key == self._cache_key:
+    def _empty_cache(self, like_BTH: Tensor, room: int) -> StaticCache:
+        """Return a cache of this room at least: the last batch's, if it serves."""
+        kind = (len(like_BTH), like_BTH.dtype, like_BTH.device, torch.is_inference_mode_enabled())
+        if self._cache is not None and kind == self._kind and room <= self._room:
             self._cache.reset()
             return self._cache
-        self._cache, self._cache_key = None, key  # the old one's memory is free before the new one is made
-        return StaticCache(config=self._model.config, max_cache_len=self._room)
+        self._cache = None  # its memory is free before the new one takes some
+        self._kind, self._room = kind, room
+        return StaticCache(config=self._model.config, max_cache_len=room)
 
     def _grow(self, like_BWH: Tensor) -> None:
         """Move what is held into a cache of twice the room."""
         assert self._cache is not None, "positions are read before a prompt"
         held = [(layer.keys[:, :, : self._held], layer.values[:, :, : self._held]) for layer in self._cache.layers]
         self._seen_BR = F.pad(self._seen_BR, (0, self._room), value=True)
-        self._room *= 2
-        self._cache = self._empty_cache(like_BWH)
+        self._cache = self._empty_cache(like_BWH, 2 * self._room)
         for layer, (keys, values) in enumerate(held):
             self._cache.update(keys, values, layer)

@@ -51,7 +51,7 @@ def test_compiled_steps_give_the_states_of_growing_ones(model, prefix_length, mo
     torch.manual_seed(0)
     llama = model.backbone.language_model
     prefix = Prefix(llama.config, prefix_length) if prefix_length else None
-    capture, rooms = Capture(), []
+    capture, caches = Capture(), []
     compiled = CompiledSteps(llama, prefix, capture)
     for lengths in ((9, 4), (5, 7), (6,)):
         growing = GrowingSteps(llama, prefix)
@@ -62,8 +62,9 @@ def test_compiled_steps_give_the_states_of_growing_ones(model, prefix_length, mo
         for width in WIDTHS:
             hidden = torch.randn(len(lengths), width, 64)
             torch.testing.assert_close(compiled.go_on(hidden), growing.go_on(hidden), rtol=1e-4, atol=1e-5)
-        rooms.append(compiled._cache.layers[0].keys.shape[2])
-    assert rooms == [64, 64, 64]
+        caches.append(compiled._cache)
+    assert [cache.layers[0].keys.shape[2] for cache in caches] == [64, 64, 64]
+    assert caches[0] is caches[1] is not caches[2]
     # one whole graph each: two prompts in rooms of 16, 32 and 64, and one prompt in the same
     assert capture.graphs == 6
 
