@@ -72,8 +72,13 @@ def build_page(config: RunConfig) -> Any:
             prompt = chat.ask(message["text"], pictures)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
+        # Each request runs in a thread of its own; CUDA graphs belong to the thread that made them.
         settings = replace(
-            config.generation, images=POLICIES[policy], guidance_scale=scale, num_inference_steps=int(steps)
+            config.generation,
+            compile=False,
+            images=POLICIES[policy],
+            guidance_scale=scale,
+            num_inference_steps=int(steps),
         )
         answer = model.generate([prompt], settings)[0]
         chat.answer(answer)

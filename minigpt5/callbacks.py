@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class SamplePictures(Callback):
     def __init__(self, folder: Path, every_steps: int, generation: GenerationConfig) -> None:
         self.folder = folder
         self.every_steps = every_steps
-        self.generation = generation
+        # One reply is not worth compiling for, and the layers that fsdp gathers cannot be.
+        self.generation = replace(generation, compile=False)
         self._last_step = 0
         self._batch: Batch | None = None
 

@@ -199,7 +199,7 @@ class GenerationConfig:
     """default: the scheduler of the Stable Diffusion folder (PNDM for 2.1-base)."""
     compile: bool = False
     """Compile the step that decodes a token: a minute at the start, faster steps where launching them takes longer
-    than computing them, as on a GPU."""
+    than computing them, as on a GPU. Not for sample pictures and the web page."""
     baseline_images: bool = True
     """Also render Stable Diffusion's own picture of the caption, where a sample has one."""
     seed: int = 42

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, StaticCache
+from transformers.cache_utils import Cache
 
 from minigpt5.adapters import Prefix
+from minigpt5.hardware import allow_many_graphs
 from minigpt5.kv_cache import as_argument, fixed_room, new_cache
-
-_MOST_GRAPHS = 64
-"""torch gives up compiling a function after 8 graphs, and runs it as it is from then on."""
 
 
 class DecodingSteps(ABC):
@@ -30,6 +29,21 @@ class DecodingSteps(ABC):
 
     def __init__(self, language_model: LlamaForCausalLM, prefix: Prefix | None = None) -> None:
         self._model, self._prefix = language_model.model, prefix
+
+    def _run(self, hidden_BWH: Tensor, mask: Tensor, positions_BW: Tensor, cache: Cache) -> Tensor:
+        """Run the decoder stack; returns its last hidden states."""
+        return self._model(
+            inputs_embeds=hidden_BWH,
+            attention_mask=mask,
+            position_ids=positions_BW,
+            **as_argument(cache),
+            use_cache=True,
+        ).last_hidden_state
+
+    def _run_as_it_is(self, *inputs: Any) -> Tensor:
+        """Run it without graphs, those of ``training.compile`` too: each length would add one to them."""
+        with torch.compiler.set_stance("force_eager"):
+            return self._run(*inputs)
 
     @abstractmethod
     def begin(self, hidden_BTH: Tensor, mask_BT: Tensor, new_positions: int) -> Tensor:
@@ -68,13 +82,7 @@ class GrowingSteps(DecodingSteps):
 
     def _read(self, hidden_BWH: Tensor) -> Tensor:
         positions_BX = (self._mask_BX.cumsum(1) - self._ahead - 1).clamp(min=0)
-        return self._model(
-            inputs_embeds=hidden_BWH,
-            attention_mask=self._mask_BX,
-            position_ids=positions_BX[:, -hidden_BWH.shape[1] :],
-            **as_argument(self._cache),
-            use_cache=True,
-        ).last_hidden_state
+        return self._run_as_it_is(hidden_BWH, self._mask_BX, positions_BX[:, -hidden_BWH.shape[1] :], self._cache)
 
 
 class CompiledSteps(DecodingSteps):
@@ -96,10 +104,9 @@ class CompiledSteps(DecodingSteps):
         backend: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(language_model, prefix)
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_GRAPHS)
+        allow_many_graphs()
         how = {"mode": "reduce-overhead"} if backend is None else {"backend": backend}
-        self._compiled: Callable[..., Tensor] = torch.compile(self._forward, dynamic=False, **how)
+        self._compiled: Callable[..., Tensor] = torch.compile(self._run, dynamic=False, **how)
         self._cache: StaticCache | None = None
         self._kind: tuple[object, ...] = ()
         self._room = self._held = 0
@@ -115,7 +122,7 @@ class CompiledSteps(DecodingSteps):
         self._seen_BR = F.pad(seen_BX, (0, self._room - seen_BX.shape[1]), value=True)
         self._next_B1 = mask_BT.sum(1, keepdim=True)
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        return self._forward(*self._inputs(hidden_BTH, positions_BT), self._cache)
+        return self._run_as_it_is(*self._inputs(hidden_BTH, positions_BT), self._cache)
 
     def go_on(self, hidden_BWH: Tensor) -> Tensor:
         """Read W more positions; see the base class."""
@@ -126,19 +133,10 @@ class CompiledSteps(DecodingSteps):
         self._next_B1 = self._next_B1 + width
         inputs = self._inputs(hidden_BWH, positions_BW)
         if width > 1:
-            return self._forward(*inputs, self._cache)
+            return self._run_as_it_is(*inputs, self._cache)
         torch.compiler.cudagraph_mark_step_begin()
         # The next step of a CUDA graph writes over the output of this one.
         return self._compiled(*inputs, self._cache).clone()
-
-    def _forward(self, hidden_BWH: Tensor, mask_B1WR: Tensor, positions_BW: Tensor, cache: StaticCache) -> Tensor:
-        return self._model(
-            inputs_embeds=hidden_BWH,
-            attention_mask=mask_B1WR,
-            position_ids=positions_BW,
-            **as_argument(cache),
-            use_cache=True,
-        ).last_hidden_state
 
     def _inputs(self, hidden_BWH: Tensor, positions_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return a step's inputs with its additive mask, and count its positions as held."""
@@ -153,7 +151,9 @@ class CompiledSteps(DecodingSteps):
 
     def _empty_cache(self, like_BTH: Tensor, room: int) -> StaticCache:
         """Return a cache of this room at least: the last batch's, if it serves."""
-        kind = (len(like_BTH), like_BTH.dtype, like_BTH.device, torch.is_inference_mode_enabled())
+        device = like_BTH.device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        kind = (len(like_BTH), like_BTH.dtype, device, autocast, torch.is_inference_mode_enabled())
         if self._cache is not None and kind == self._kind and room <= self._room:
             self._cache.reset()
             return self._cache

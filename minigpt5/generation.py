@@ -253,6 +253,8 @@ def _choose_tokens(
         forced=[reply.forced_token() for reply in replies],
         banned=banned,
     )
+    if config.temperature > 0:
+        scores_CV = scores_CV.cpu()  # where tokens are drawn: one transfer for all replies
     for reply, state_H, scores_V, generator in zip(replies, states_CH, scores_CV, generators, strict=True):
         if trace:
             reply.decoded.step_states.append(state_H)

@@ -1,7 +1,6 @@
 """Which devices and which precision a run uses."""
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from minigpt4.errors import InputError
 from minigpt5.config import TrainingConfig
 
+_MOST_GRAPHS = 64
 FROZEN_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
@@ -103,9 +103,18 @@ def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
 
 
 def cpp_compiler() -> str | None:
-    """Return the C++ compiler that ``torch.compile`` finds, if any; on a GPU too, it needs one."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    return next(filter(None, map(shutil.which, names)), None)
+    """Return the C++ compiler that ``torch.compile`` takes, if it finds one; on a GPU, too, it needs one."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+def allow_many_graphs() -> None:
+    """Let torch keep compiling a function; after 8 graphs it would run it as it is, without a word."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
 
 
 def _gpu_precision() -> str:

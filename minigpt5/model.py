@@ -24,6 +24,7 @@ from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
 from minigpt5.decoding_steps import CompiledSteps, DecodingSteps, GrowingSteps
 from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
 from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
+from minigpt5.hardware import allow_many_graphs
 from minigpt5.language_states import last_states
 from minigpt5.losses import Draws, LanguageStates, Losses
 from minigpt5.mapper import FeatureMapper
@@ -76,6 +77,10 @@ class MiniGPT5(nn.Module):
             if config.mapper.stage2_trains == "published":
                 self.mapper.freeze_aligned()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Compiled steps run this model and no copy of it."""
+        return self.__dict__ | {"_compiled_steps": None}
+
     def train(self, mode: bool = True) -> "MiniGPT5":
         """Switch the trainable parts; frozen parts stay in eval mode, their adapters follow ``mode``."""
         super().train(mode)
@@ -101,6 +106,7 @@ class MiniGPT5(nn.Module):
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile the parts that do the work in a step with ``torch.compile``, in place."""
+        allow_many_graphs()
         for part in (self.backbone.language_model.model, self.diffusion.unet, self.mapper):
             part.compile(backend=backend)
 

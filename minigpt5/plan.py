@@ -206,21 +206,21 @@ def plan_prediction(config: RunConfig, weights: WeightBytes, replay: Replay, loa
     else:
         room = room_after(positions, longest)
     cache = kv_cache_bytes(replay.model, batch, room)
-    needs = {"keys and values": cache + phases["language"], **phases}
     kept = weights.parameters
+    needs = dict(phases)
     if config.model.diffusion.offload:
         diffusion = {part: weights.frozen[part] for part in ("unet", "vae", "text encoder")}
         kept -= sum(diffusion.values())
         needs = {phase: size + diffusion.get(phase, 0) for phase, size in needs.items()}
         if generation.baseline_images:
             needs["text encoder"] = diffusion["text encoder"]
-    largest = max(needs, key=lambda phase: needs[phase])
+    # The cache of compiled steps stays, also while pictures are rendered.
+    held = {phase: cache if generation.compile or phase == "language" else 0 for phase in needs}
+    largest = max(needs, key=lambda phase: needs[phase] + held[phase])
     lines = {"parameters": float(kept)}
-    if largest == "keys and values":
+    if held[largest]:
         lines["keys and values"] = cache
-        lines["activations (largest: language)"] = needs[largest] - cache
-    else:
-        lines[f"activations (largest: {largest})"] = needs[largest]
+    lines[f"activations (largest: {largest})"] = needs[largest]
     return Plan(lines)
 
 

@@ -76,7 +76,10 @@ def _missing_test_weight(config: RunConfig) -> Iterator[str]:
 def _missing_files(config: RunConfig) -> Iterator[str]:
     yield from _missing_checkpoints(config)
     yield from _missing_weights(config)
-    yield from _attempt(check_quantization, config.model.backbone.language_model)
+    language_model = config.model.backbone.language_model
+    yield from _attempt(check_quantization, language_model)
+    if config.generation.compile and language_model.quantization == "8bit":
+        yield "generation.compile: not with quantization: 8bit, which cannot be one graph; leave one of them off"
     compiles = {
         "training.compile": config.training.compile and config.is_training,
         "generation.compile": config.generation.compile,

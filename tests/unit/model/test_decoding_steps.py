@@ -1,5 +1,6 @@
 """Compiled steps of decoding read what growing ones read."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from minigpt5.adapters import Prefix
 from minigpt5.checkpoint import load_checkpoint
-from minigpt5.config import LossConfig, Stage
+from minigpt5.config import GenerationConfig, LossConfig, Stage
 from minigpt5.decoding_steps import CompiledSteps, GrowingSteps
 from minigpt5.kv_cache import fixed_room
 from minigpt5.model import MiniGPT5, build_model
@@ -67,6 +68,44 @@ def test_compiled_steps_give_the_states_of_growing_ones(model, prefix_length, mo
     assert caches[0] is caches[1] is not caches[2]
     # one whole graph each: two prompts in rooms of 16, 32 and 64, and one prompt in the same
     assert capture.graphs == 6
+
+
+@torch.no_grad()
+def test_room_that_was_enough_for_more_serves_less(model):
+    compiled = CompiledSteps(model.backbone.language_model, backend=Capture())
+    addresses = set()
+    for new_positions in (300, 3, 400, 20):
+        compiled.begin(*prompts(5, 3), new_positions)
+        addresses.add(compiled._cache.layers[0].keys.data_ptr())
+    assert len(addresses) == 1
+
+
+@torch.no_grad()
+def test_decoding_runs_in_no_graph_of_training(model):
+    """Each length would add one, until torch compiles no more; and a cache made in a graph makes no CUDA graph."""
+    capture = Capture()
+    llama = model.backbone.language_model
+    llama.model.compile(backend=capture)
+    try:
+        growing, compiled = GrowingSteps(llama), CompiledSteps(llama, backend=Capture())
+        for steps in (growing, compiled):
+            steps.begin(*prompts(5), 4)
+            steps.go_on(torch.randn(1, 8, 64))
+        assert capture.graphs == 0
+        assert hasattr(compiled._cache.layers[0].keys, "_dynamo_static_input_type")
+        compiled.go_on(torch.randn(1, 1, 64))
+        llama.model(inputs_embeds=torch.randn(1, 5, 64))
+        assert capture.graphs > 0
+    finally:
+        llama.model._compiled_call_impl = None
+
+
+def test_a_copy_steps_with_its_own_weights(model):
+    config = GenerationConfig(compile=True)
+    assert model._steps(config.compile) is model._steps(config.compile)
+    other = copy.deepcopy(model)
+    assert other._steps(True)._model is other.backbone.language_model.model
+    model._compiled_steps = None
 
 
 @torch.no_grad()

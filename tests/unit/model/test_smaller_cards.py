@@ -1,17 +1,19 @@
-"""Quantized layers and an offloaded diffusion model: close to, or the same as, the whole model."""
+"""Quantized layers, an offloaded diffusion model, compiled steps: close to, or the same as, the whole model."""
 
 import dataclasses
 import importlib.util
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from torch._inductor import config as inductor_config
 
 from minigpt4.errors import InputError
 from minigpt4.language_model import check_quantization, load_language_model
 from minigpt5.config import PROJECT_ROOT, RunConfig, Stage, TrainingConfig, load_config
 from minigpt5.data.types import Prompt
-from minigpt5.hardware import Hardware
+from minigpt5.hardware import Hardware, cpp_compiler
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run
 from minigpt5.preflight import check_run
@@ -71,9 +73,22 @@ def test_offloading_is_refused_in_training_and_no_matter_to_predictions():
 
 @pytest.mark.parametrize(("key", "is_training"), [("training.compile", True), ("generation.compile", False)])
 def test_compiling_without_a_compiler_is_an_input_error(monkeypatch, key, is_training):
-    monkeypatch.setenv("CXX", "/absent/c++")
+    monkeypatch.setattr("minigpt5.preflight.cpp_compiler", lambda: None)
     with pytest.raises(InputError, match=rf"{key}: torch\.compile needs a C\+\+ compiler"):
         check_run(configure(**{key.replace(".", "__"): True}, is_training=is_training))
+
+
+def test_the_compiler_that_is_found_is_the_one_that_torch_takes():
+    with inductor_config.patch({"cpp.cxx": ("/absent/c++",)}):
+        assert cpp_compiler() is None
+    with inductor_config.patch({"cpp.cxx": (sys.executable,)}):
+        assert cpp_compiler() == sys.executable
+
+
+def test_compiled_steps_with_8_bits_are_an_input_error():
+    config = configure(generation__compile=True, model__backbone__language_model__quantization="8bit")
+    with pytest.raises(InputError, match=r"generation\.compile: not with quantization: 8bit"):
+        check_run(config)
 
 
 def test_compiled_steps_are_no_matter_to_predictions():
