@@ -108,16 +108,22 @@ def measure_vision(folder: Path, data: HeldOut) -> list[Measure]:
 
 @torch.no_grad()
 def measure_scorer(folder: Path, data: HeldOut) -> list[Measure]:
-    """Top-1 retrieval among :data:`RETRIEVAL`, mean of picture → caption and caption → picture."""
+    """Top-1 retrieval among :data:`RETRIEVAL`, mean of picture → caption and caption → picture.
+
+    Of so many held-out records a few show the very same scene: either is right for the other.
+    """
     model: Any
     model, transform, tokenizer = load_compact_clip(folder / "clip")
     pictures_PJ = model.encode_image(torch.stack([transform(picture) for picture in data.pictures]))
     texts_PJ = model.encode_text(tokenizer(list(data.captions)))
     scores = []
-    for pictures, texts in zip(pictures_PJ.split(RETRIEVAL), texts_PJ.split(RETRIEVAL), strict=True):
-        similarity = F.normalize(pictures, dim=1) @ F.normalize(texts, dim=1).T
-        wanted = torch.arange(len(similarity))
-        scores += [float((similarity.argmax(dim=dim) == wanted).float().mean()) for dim in (0, 1)]
+    for start in range(0, len(data.scenes), RETRIEVAL):
+        part = slice(start, start + RETRIEVAL)
+        similarity = F.normalize(pictures_PJ[part], dim=1) @ F.normalize(texts_PJ[part], dim=1).T
+        shown = [(frozenset(scene.things), scene.background) for scene in data.scenes[part]]
+        for dim in (0, 1):
+            found = similarity.argmax(dim=dim).tolist()
+            scores.append(fmean(shown[index] == wanted for index, wanted in zip(found, shown, strict=True)))
     return [Measure("scorer", f"retrieval: top-1 of {RETRIEVAL}", fmean(scores), 0.95)]
 
 

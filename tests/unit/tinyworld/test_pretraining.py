@@ -11,8 +11,8 @@ import torch
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
 from minigpt5.images import CLIP_MEAN, CLIP_STD
-from minigpt5.tinyworld.__main__ import MEASURED, main
-from minigpt5.tinyworld.captions import plain_words, read_attributes
+from minigpt5.tinyworld.__main__ import MEASURED, SHIPPED, main
+from minigpt5.tinyworld.captions import caption, plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
 from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
 from minigpt5.tinyworld.pretraining.blanks import (
@@ -26,7 +26,7 @@ from minigpt5.tinyworld.pretraining.blanks import (
     blank_starts,
 )
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
-from minigpt5.tinyworld.pretraining.evaluate import MEASURES, HeldOut, Measure, names_all
+from minigpt5.tinyworld.pretraining.evaluate import MEASURES, HeldOut, Measure, measure_scorer, names_all
 from minigpt5.tinyworld.pretraining.examples import (
     BLANK,
     Example,
@@ -624,6 +624,17 @@ def test_descriptions_are_compared_with_either_thing():
         assert names_all(text, scene)
         assert not names_all(text, replace(scene, background="sky" if scene.background != "sky" else "sand"))
     assert not names_all("", data.scenes[0])
+
+
+def test_retrieved_records_of_the_same_scene_are_right():
+    """Nothing tells their captions apart: counted by their places, at most every other one would be right."""
+    once = HeldOut.draw(50, seed=0)
+    again = HeldOut(once.scenes * 2, (*once.captions, *(caption(scene, Random(0)) for scene in once.scenes)))
+    (measure,) = measure_scorer(SHIPPED, again)
+    assert measure.value > 0.9
+    others = HeldOut(again.scenes, again.captions[1:] + again.captions[:1])
+    (measure,) = measure_scorer(SHIPPED, others)
+    assert measure.value < 0.1
 
 
 def test_evaluate_prints_floors_and_names_what_is_not_met(folder, capsys):
