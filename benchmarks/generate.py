@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks import limits, quality, reference, worlds
 from benchmarks.harness import Phases, Report, Settings, alternate, in_child, peak_bytes, timed
+from minigpt5.compilation import cpp_compiler
 from minigpt5.config import GenerationConfig, Stage
 from minigpt5.data.types import Reply
 from minigpt5.generation import sample_seed
-from minigpt5.hardware import cpp_compiler
 
 BATCH_SIZE = 8
 NEW_TOKENS = 32

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
 from minigpt5.adapters import Prefix
-from minigpt5.hardware import allow_many_graphs
+from minigpt5.compilation import allow_many_graphs
 from minigpt5.kv_cache import as_argument, fixed_room, new_cache
 
 

@@ -10,7 +10,6 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from minigpt4.errors import InputError
 from minigpt5.config import TrainingConfig
 
-_MOST_GRAPHS = 64
 FROZEN_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
@@ -100,21 +99,6 @@ def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
         raise InputError(
             f"--num_nodes {training.num_nodes}: {world} processes were started, {wanted} on each machine"
         )
-
-
-def cpp_compiler() -> str | None:
-    """Return the C++ compiler that ``torch.compile`` takes, if it finds one; on a GPU, too, it needs one."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        return cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return None
-
-
-def allow_many_graphs() -> None:
-    """Let torch keep compiling a function; after 8 graphs it would run it as it is, without a word."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
 
 
 def _gpu_precision() -> str:

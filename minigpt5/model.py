@@ -19,12 +19,12 @@ from minigpt4.weights import KeyReport
 from minigpt5 import images, prompts
 from minigpt5.adapters import Prefix, adapt
 from minigpt5.assembly import Assembled, insert_pictures
+from minigpt5.compilation import allow_many_graphs
 from minigpt5.config import GenerationConfig, LossConfig, ModelConfig, Stage, TrainingConfig
 from minigpt5.data.types import INPUT_PICTURE, Batch, Prompt, Reply
 from minigpt5.decoding_steps import CompiledSteps, DecodingSteps, GrowingSteps
 from minigpt5.diffusion import DiffusionDraws, StableDiffusion, build_diffusion, load_diffusion
 from minigpt5.generation import Decoded, decode, sample_seed, stop_sequences
-from minigpt5.hardware import allow_many_graphs
 from minigpt5.language_states import last_states
 from minigpt5.losses import Draws, LanguageStates, Losses
 from minigpt5.mapper import FeatureMapper

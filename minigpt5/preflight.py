@@ -8,12 +8,12 @@ from minigpt4.errors import InputError
 from minigpt4.language_model import check_quantization
 from minigpt4.weights import resolve_source
 from minigpt5.checkpoint import find_checkpoint
+from minigpt5.compilation import cpp_compiler
 from minigpt5.config import DataConfig, DatasetName, RunConfig, Stage
 from minigpt5.data.feature_cache import check_feature_folder
 from minigpt5.data.module import FLAGS
 from minigpt5.data.readers import check_records, detect_dataset
 from minigpt5.data.types import Split
-from minigpt5.hardware import cpp_compiler
 from minigpt5.vokens import voken_text
 
 

@@ -13,7 +13,7 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and there is none")
     if item.get_closest_marker("compiler"):
-        from minigpt5.hardware import cpp_compiler
+        from minigpt5.compilation import cpp_compiler
 
         if cpp_compiler() is None:
             pytest.skip("needs a C++ compiler (g++ or clang++), and there is none")

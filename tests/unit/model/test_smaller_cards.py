@@ -11,9 +11,10 @@ from torch._inductor import config as inductor_config
 
 from minigpt4.errors import InputError
 from minigpt4.language_model import check_quantization, load_language_model
+from minigpt5.compilation import cpp_compiler
 from minigpt5.config import PROJECT_ROOT, RunConfig, Stage, TrainingConfig, load_config
 from minigpt5.data.types import Prompt
-from minigpt5.hardware import Hardware, cpp_compiler
+from minigpt5.hardware import Hardware
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run
 from minigpt5.preflight import check_run
