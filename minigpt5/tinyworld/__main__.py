@@ -1,6 +1,7 @@
 """Command line of the tiny world: ``python -m minigpt5.tinyworld COMMAND``; ``--help`` lists the commands."""
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -139,8 +140,8 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    if not options.scale > 0 or options.pictures < 1:
-        raise InputError(f"--scale {options.scale} --pictures {options.pictures}: give numbers above 0")
+    if not 0 < options.scale < math.inf or options.pictures < 1:
+        raise InputError(f"--scale {options.scale} --pictures {options.pictures}: give finite numbers above 0")
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs {options.jobs}: give at least 1")
     import torch

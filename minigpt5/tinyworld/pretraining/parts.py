@@ -225,11 +225,11 @@ def prepare_folder(place: Place) -> None:
     """Write tokenizers and random models where there are none, so that every part finds the others' files.
 
     Raises:
-        InputError: some of the models are there, but not all.
+        InputError: some of the models are there, but not all, or all of them and they come from elsewhere.
     """
     begun = place.folder / STATES / "preparing"
     if not begun.is_file():
-        if (place.folder / "sd" / "model_index.json").is_file():
+        if (place.folder / "sd" / "model_index.json").is_file() and begun.parent.is_dir():
             return
         refuse_models(place.folder)
     begun.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,9 @@ def _train_vae(place: Place, recipe: Recipe, pool_size: int) -> Measured:
 
 def _train_clip(place: Place, recipe: Recipe, pool_size: int) -> Measured:
     models = _fresh(place)
-    pair = VisionTextPair(models.vision, models.text_encoder).to(place.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(place.seed)
+        pair = VisionTextPair(models.vision, models.text_encoder).to(place.device)
     encode = caption_ids(load_clip_tokenizer(place.folder / "sd" / "tokenizer"))
     objective = ContrastiveObjective(pair, encode, make_pool(pool_size, place.seed), recipe)
     measured = train("clip", pair, objective, recipe, place, pool_size)

@@ -122,6 +122,27 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
     assert changed - {"pretraining"} == expected[name]
 
 
+@pytest.mark.parametrize("name", list(PARTS))
+def test_a_part_depends_on_its_seed_and_on_nothing_that_ran_before(folder, tmp_path, name):
+    quick = replace(PARTS[name].recipe, steps=1, batch_size=8, warmup_steps=1)
+    losses = set()
+    for disturbed in (1, 2):
+        place = Place(tmp_path / str(disturbed), 0, CPU)
+        shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("*.pt"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(disturbed)
+            losses.add(PARTS[name].run(place, quick, 32)["loss"])
+    assert len(losses) == 1
+
+
+def test_models_that_were_not_made_here_are_not_trained_over(tmp_path):
+    shutil.copytree(SHIPPED / "sd", tmp_path / "sd")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds .* already; give another or remove it"):
+        main(["pretrain", "--out", str(tmp_path), "--parts", "vae"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def vae_run(folder, pool, stop_after=None, recipe=QUICK, save_seconds=0.0):
     """Train a small step count; with ``stop_after`` the run dies in that step."""
     vae = build_foundations(300, 520, seed=1).vae
@@ -665,7 +686,11 @@ def test_pretrain_tells_which_parts_have_no_floor(tmp_path, capsys, monkeypatch)
     [
         (["evaluate", "--count", "150"], "--count 150: give a multiple of 100"),
         (["evaluate", "--weights", "nowhere"], "--weights nowhere: no such folder"),
-        (["pretrain", "--out", "x", "--scale", "0"], "--scale 0.0 --pictures 12000: give numbers above 0"),
+        (["pretrain", "--out", "x", "--scale", "0"], "--scale 0.0 --pictures 12000: give finite numbers above 0"),
+        (
+            ["pretrain", "--out", "x", "--scale", "inf"],
+            "--scale inf --pictures 12000: give finite numbers above 0",
+        ),
         (["pretrain", "--out", "x", "--jobs", "0"], "--jobs 0: give at least 1"),
         (["pretrain", "--out", os.devnull], "cannot be made a folder"),
     ],
