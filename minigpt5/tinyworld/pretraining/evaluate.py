@@ -80,7 +80,7 @@ def measure_vae(folder: Path, data: HeldOut) -> list[Measure]:
     """Share of attributes that survive encoding and decoding."""
     kept = compare_all(data.scenes, reconstruct(load_folder_diffusion(folder), data.pictures))
     value = fmean(agrees for agreement in kept for agrees in agreement.as_dict().values())
-    return [Measure("vae", "reconstruction: attributes kept", value, 0.99)]
+    return [Measure("vae", "reconstruction: main thing's attributes kept", value, 0.99)]
 
 
 def measure_unet(folder: Path, data: HeldOut) -> list[Measure]:
