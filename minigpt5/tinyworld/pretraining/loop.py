@@ -272,6 +272,12 @@ class _Run:
             reason = str(error).splitlines()[0]
             raise InputError(f"{self.path}: does not fit ({reason}); give another --out or remove it") from None
         self.step, self.seconds, self.recent = content["step"], content["seconds"], content["recent"]
+        planned, asked = content["settings"]["steps"], self.settings["steps"]
+        if asked < self.step < planned:
+            raise InputError(
+                f"{self.path}: ended at step {self.step} of {planned}, so with {asked} steps its schedule would "
+                "never have come to its end; give the same --scale, or remove it"
+            )
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -721,6 +721,18 @@ def test_noise_and_sameness_come_once_captions_are_read(folder, monkeypatch, sca
     assert shares[2] == pytest.approx(shares[3] / 2, rel=1e-3) and shares[3] == shares[4] > 0
 
 
+def test_a_killed_run_does_not_end_where_its_schedule_was_under_way(tmp_path, pool):
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        vae_run(folder, pool, stop_after=4)
+    with pytest.raises(
+        InputError, match="ended at step 4 of 6, so with 2 steps .* give the same --scale, or remove it"
+    ):
+        vae_run(folder, pool, recipe=replace(QUICK, steps=2))
+    vae_run(folder, pool)
+    vae_run(folder, pool, recipe=replace(QUICK, steps=2))  # of a run that came to its end, more is no harm
+
+
 def test_a_resumed_run_goes_on_where_its_objectives_schedule_was(tmp_path):
     class Objective(Scheduled):
         def __init__(self, module):
