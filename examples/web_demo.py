@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minigpt4.errors import InputError  # noqa: E402
 from minigpt5.arguments import parse_arguments, resolve_config  # noqa: E402
 from minigpt5.cli import run_command  # noqa: E402
-from minigpt5.config import RunConfig  # noqa: E402
+from minigpt5.config import GenerationConfig, RunConfig  # noqa: E402
 
 POLICIES: dict[str, Any] = {"when the model wants": "auto", "always": "force", "never": "never"}
 
@@ -72,15 +72,7 @@ def build_page(config: RunConfig) -> Any:
             prompt = chat.ask(message["text"], pictures)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
-        # Each request runs in a thread of its own; CUDA graphs belong to the thread that made them.
-        settings = replace(
-            config.generation,
-            compile=False,
-            images=POLICIES[policy],
-            guidance_scale=scale,
-            num_inference_steps=int(steps),
-        )
-        answer = model.generate([prompt], settings)[0]
+        answer = model.generate([prompt], _settings(config, policy, scale, int(steps)))[0]
         chat.answer(answer)
         shown = [*shown, *[_shown("user", gradio.Image(picture)) for picture in pictures]]
         if message["text"]:
@@ -109,6 +101,17 @@ def build_page(config: RunConfig) -> Any:
         box.submit(reply, [box, shown, chat, policy, scale, steps], [shown, chat, box])
         clear.click(lambda: ([], None), None, [shown, chat])
     return page
+
+
+def _settings(config: RunConfig, policy: str, scale: float, steps: int) -> GenerationConfig:
+    # Each request runs in a thread of its own; CUDA graphs belong to the thread that made them.
+    return replace(
+        config.generation,
+        compile=False,
+        images=POLICIES[policy],
+        guidance_scale=scale,
+        num_inference_steps=steps,
+    )
 
 
 def _shown(role: str, content: Any) -> dict[str, Any]:

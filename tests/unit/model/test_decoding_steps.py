@@ -1,7 +1,6 @@
 """Compiled steps of decoding read what growing ones read."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +8,9 @@ import pytest
 import torch
 
 from minigpt5.adapters import Prefix
-from minigpt5.checkpoint import load_checkpoint
-from minigpt5.config import GenerationConfig, LossConfig, Stage
+from minigpt5.config import GenerationConfig
 from minigpt5.decoding_steps import CompiledSteps, GrowingSteps
 from minigpt5.kv_cache import fixed_room
-from minigpt5.model import MiniGPT5, build_model
-from tests.parity.model import model_config
 
 FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
 WIDTHS = (1, 1, 8, *[1] * 20)
@@ -29,14 +25,6 @@ class Capture:
     def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
         self.graphs += 1
         return graph.forward
-
-
-@pytest.fixture(scope="module")
-def model() -> MiniGPT5:
-    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
-    built = build_model(model_config(FIXTURE, dims, 8), LossConfig(), Stage.ALIGNMENT)
-    load_checkpoint(built, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
-    return built.eval()
 
 
 def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:

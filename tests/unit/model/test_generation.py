@@ -1,7 +1,6 @@
 """Decoding: voken forcing, stopping, pictures, and independence of the batch."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +16,13 @@ from transformers.generation import (
 )
 
 from minigpt4.errors import InputError
-from minigpt5.checkpoint import load_checkpoint
-from minigpt5.config import GenerationConfig, LossConfig, Stage
+from minigpt5.config import GenerationConfig
 from minigpt5.data.types import Prompt
 from minigpt5.generation import choose_scores, stop_sequences
 from minigpt5.kv_cache import as_argument, new_cache
-from minigpt5.model import MiniGPT5, build_model
-from tests.parity.model import model_config
 
 FIXTURE = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
 SETTINGS = GenerationConfig(max_new_tokens=12, num_inference_steps=2)
-
-
-@pytest.fixture(scope="module")
-def model() -> MiniGPT5:
-    dims = json.loads((FIXTURE / "config.json").read_text())["dims"]
-    built = build_model(model_config(FIXTURE, dims, 8), LossConfig(), Stage.ALIGNMENT)
-    load_checkpoint(built, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--test_weight")
-    return built.eval()
 
 
 def prompts() -> list[Prompt]:
