@@ -209,9 +209,10 @@ def _experiments(options: argparse.Namespace) -> int:
 def _report(folder: Path, parts: Sequence[str], count: int, seed: int) -> int:
     from minigpt5.tinyworld.pretraining.evaluate import evaluate
 
+    measures = evaluate(folder, parts, count, seed)
     print(f"measured on {count} held-out pictures, {folder}:")
     missed = []
-    for measure in evaluate(folder, parts, count, seed):
+    for measure in measures:
         print(measure, flush=True)
         missed += [] if measure.met else [measure.name]
     if missed:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minigpt4.backbone import LoadedBackbone
+from minigpt4.errors import InputError
 from minigpt5 import prompts
 from minigpt5.config import PROJECT_ROOT, GenerationConfig, load_config
 from minigpt5.data.cc3m import clean_caption
@@ -134,6 +135,13 @@ MEASURES: dict[str, Callable[[Path, HeldOut], list[Measure]]] = {
     "scorer": measure_scorer,
 }
 """Part → its measures; the language model is measured through the backbone's descriptions."""
+_LOADED = {
+    "vae": ("sd",),
+    "unet": ("sd",),
+    "vision": ("llama", "eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth"),
+    "scorer": ("clip",),
+}
+"""Part → what its measures load from the folder."""
 
 
 def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> Iterator[Measure]:
@@ -146,11 +154,16 @@ def evaluate(folder: Path, parts: Sequence[str], count: int, seed: int) -> Itera
         seed: decides the pictures.
 
     Raises:
-        InputError: a file is missing or does not fit.
+        InputError: a file is missing, of any of the parts before the first is measured, or does not fit.
     """
+    missing = [name for part in parts for name in _LOADED[part] if not (folder / name).exists()]
+    if missing:
+        lacking = ", ".join(dict.fromkeys(missing))
+        raise InputError(
+            f"--weights {folder}: holds no {lacking}; give a folder that pretrain wrote, or other --parts"
+        )
     data = HeldOut.draw(count, seed)
-    for part in parts:
-        yield from MEASURES[part](folder, data)
+    return (measure for part in parts for measure in MEASURES[part](folder, data))
 
 
 def default_sampling() -> GenerationConfig:

@@ -675,6 +675,14 @@ def test_evaluate_takes_the_parts_that_are_measured(capsys):
     assert "invalid choice: 'blanks'" in capsys.readouterr().err
 
 
+def test_evaluate_names_what_a_folder_lacks_before_it_measures(folder, tmp_path, capsys):
+    (tmp_path / "clip").symlink_to(folder / "clip")
+    (tmp_path / "llama").symlink_to(folder / "llama")
+    with pytest.raises(InputError, match=f"--weights {tmp_path}: holds no eva_vit.pth, .*, sd; give a folder"):
+        main(["evaluate", "--weights", str(tmp_path), "--parts", "scorer", "vision", "unet", "vae"])
+    assert capsys.readouterr().out == ""
+
+
 def test_pretrain_tells_which_parts_have_no_floor(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.pretrain", lambda *_: None)
     assert main(["pretrain", "--out", str(tmp_path), "--parts", "text", "clip"]) == 0
