@@ -60,7 +60,7 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
     "norm_num_groups": 4,
     "sample_size": PICTURE_SIZE,
-    "scaling_factor": 0.41802,
+    "scaling_factor": 0.3238,
 }
 UNET: dict[str, Any] = {
     "sample_size": 8,
