@@ -6,7 +6,7 @@ The folder has the layouts of the real ones, so the same loaders read both:
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
-from minigpt4.config import QFormerConfig, VisionConfig
+from minigpt4.backbone import LoadedBackbone, load_backbone
+from minigpt4.config import BackboneConfig, LanguageModelConfig, QFormerConfig, VisionConfig
 from minigpt4.errors import InputError
 from minigpt4.qformer import QFormer
 from minigpt4.tokenizer import MODEL_FILE, LlamaTokenizer
 from minigpt4.vision import VisionEncoder
+from minigpt5.config import DiffusionConfig
+from minigpt5.diffusion import StableDiffusion, load_diffusion
 from minigpt5.metrics.local import SmallFeatureNetwork, save_compact_clip
 from minigpt5.tinyworld.captions import SEEN_WORDS
 from minigpt5.tinyworld.export import (
@@ -39,6 +42,8 @@ from minigpt5.tinyworld.tokenizers import (
     train_language_tokenizer,
 )
 
+EYES_FILES = ("eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth")
+"""Of a folder: ViT, Q-Former and projection."""
 VISION = VisionConfig(
     image_size=PICTURE_SIZE, patch_size=8, hidden_size=96, intermediate_size=256, num_layers=4, num_heads=4
 )
@@ -220,3 +225,19 @@ def _seeded(make: Callable[[], Made], seed: int) -> Made:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
+
+
+def load_folder_diffusion(folder: Path) -> StableDiffusion:
+    """Load the folder's Stable Diffusion."""
+    return load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=PICTURE_SIZE))[0]
+
+
+def load_folder_backbone(folder: Path) -> LoadedBackbone:
+    """Load the folder's MiniGPT-4."""
+    config = BackboneConfig(
+        vision=replace(VISION, weights=str(folder / "eva_vit.pth")),
+        qformer=replace(QFORMER, weights=str(folder / "blip2_qformer.pth")),
+        projection_weights=str(folder / "minigpt4.pth"),
+        language_model=LanguageModelConfig(weights=str(folder / "llama")),
+    )
+    return load_backbone(config)

@@ -26,8 +26,8 @@ from minigpt5.images import input_transform, output_transform
 from minigpt5.metrics.local import load_compact_clip
 from minigpt5.tinyworld.captions import read_attributes
 from minigpt5.tinyworld.datasets import picture_scene
+from minigpt5.tinyworld.foundations import EYES_FILES, load_folder_backbone, load_folder_diffusion
 from minigpt5.tinyworld.pretraining.examples import DESCRIBE
-from minigpt5.tinyworld.pretraining.parts import load_folder_backbone, load_folder_diffusion
 from minigpt5.tinyworld.recogniser import Agreement, compare
 from minigpt5.tinyworld.renderer import PICTURE_SIZE, render
 from minigpt5.tinyworld.scenes import Scene, seeded
@@ -138,7 +138,7 @@ MEASURES: dict[str, Callable[[Path, HeldOut], list[Measure]]] = {
 _LOADED = {
     "vae": ("sd",),
     "unet": ("sd",),
-    "vision": ("llama", "eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth"),
+    "vision": ("llama", *EYES_FILES),
     "scorer": ("clip",),
 }
 """Part → what its measures load from the folder."""

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import torch
 
-from minigpt4.backbone import LoadedBackbone, load_backbone
-from minigpt4.config import BackboneConfig, LanguageModelConfig
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_tokenizer
-from minigpt5.config import DiffusionConfig
-from minigpt5.diffusion import StableDiffusion, load_clip_tokenizer, load_diffusion
+from minigpt5.diffusion import load_clip_tokenizer
 from minigpt5.metrics.local import save_compact_clip
 from minigpt5.tinyworld.export import (
     save_half,
@@ -24,10 +21,12 @@ from minigpt5.tinyworld.export import (
 from minigpt5.tinyworld.foundations import (
     CLIP,
     CLIP_TOKEN_ROWS,
-    QFORMER,
+    EYES_FILES,
     VISION,
     Foundations,
     build_foundations,
+    load_folder_backbone,
+    load_folder_diffusion,
     refuse_models,
     write_foundations,
 )
@@ -80,7 +79,6 @@ from minigpt5.tinyworld.pretraining.vision import (
     VisionObjective,
 )
 from minigpt5.tinyworld.pretraining.vision import RECIPE as VISION_RECIPE
-from minigpt5.tinyworld.renderer import PICTURE_SIZE
 
 POOL_SIZE = 12_000
 _SEEN = 2
@@ -374,29 +372,12 @@ def _train_vision(place: Place, recipe: Recipe, _: int) -> Measured:
     return measured
 
 
-def load_folder_diffusion(folder: Path) -> StableDiffusion:
-    """Load the folder's Stable Diffusion."""
-    return load_diffusion(DiffusionConfig(weights=str(folder / "sd"), image_size=PICTURE_SIZE))[0]
-
-
-def load_folder_backbone(folder: Path) -> LoadedBackbone:
-    """Load the folder's MiniGPT-4."""
-    config = BackboneConfig(
-        vision=replace(VISION, weights=str(folder / "eva_vit.pth")),
-        qformer=replace(QFORMER, weights=str(folder / "blip2_qformer.pth")),
-        projection_weights=str(folder / "minigpt4.pth"),
-        language_model=LanguageModelConfig(weights=str(folder / "llama")),
-    )
-    return load_backbone(config)
-
-
 def _save_eyes(place: Place, eyes: Eyes) -> None:
     save_vision(eyes.vision, place.folder / "eva_vit.pth")
     save_qformer(eyes.qformer, eyes.vision.model.post_layernorm, place.folder / "blip2_qformer.pth")
     save_projection(eyes.projection, place.folder / "minigpt4.pth")
 
 
-_EYES = ("eva_vit.pth", "blip2_qformer.pth", "minigpt4.pth")
 PARTS: dict[str, Part] = {
     "vae": Part((), VAE_RECIPE, _train_vae),
     "clip": Part((), CLIP_RECIPE, _train_clip),
@@ -406,8 +387,8 @@ PARTS: dict[str, Part] = {
     "blanks": Part(("language",), BLANK_RECIPE, _train_blanks, has_pool=False, continues=("llama",)),
     "accord": Part(("blanks",), ACCORD_RECIPE, _train_accord, has_pool=False, continues=("llama",)),
     "sight": Part((), SIGHT_RECIPE, _train_sight),
-    "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes, continues=_EYES),
-    "vision": Part(("eyes", "accord"), VISION_RECIPE, _train_vision, has_pool=False, continues=_EYES),
+    "eyes": Part(("sight", "language"), EYES_RECIPE, _train_eyes, continues=EYES_FILES),
+    "vision": Part(("eyes", "accord"), VISION_RECIPE, _train_vision, has_pool=False, continues=EYES_FILES),
     "scorer": Part((), SCORER_RECIPE, _train_scorer),
 }
 """In an order that gives every part what it needs."""

@@ -178,3 +178,14 @@ def test_committed_weights_make_the_tiny_presets_model():
     assert all(report.loaded for report in model.reports)
     files = [path for path in COMMITTED.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 25_000_000
+
+
+@pytest.mark.parametrize("name", ["stage1_cc3m", "stage2_vist", "stage2_mmdialog"])
+def test_vokens_of_the_committed_checkpoints_stay_among_the_words(name):
+    """Farther out, where too high a rate takes them, their states differ between a caption and a dialogue."""
+    config = load_config(PROJECT_ROOT / "config" / "tiny.yaml", {}, {})
+    model = build_model(config.model, config.loss, Stage.ALIGNMENT)
+    words_VH = model.backbone.embedding_VH.detach()
+    state = torch.load(COMMITTED / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+    distances = (state["rows.embedding"] - words_VH.mean(dim=0)).norm(dim=1)
+    assert distances.max() < 1.2 * words_VH.norm(dim=1).mean()

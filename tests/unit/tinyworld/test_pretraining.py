@@ -14,7 +14,13 @@ from minigpt5.images import CLIP_MEAN, CLIP_STD
 from minigpt5.tinyworld.__main__ import MEASURED, SHIPPED, main
 from minigpt5.tinyworld.captions import caption, plain_words, read_attributes
 from minigpt5.tinyworld.events import fits
-from minigpt5.tinyworld.foundations import CLIP, CLIP_TOKEN_ROWS, build_foundations
+from minigpt5.tinyworld.foundations import (
+    CLIP,
+    CLIP_TOKEN_ROWS,
+    build_foundations,
+    load_folder_backbone,
+    load_folder_diffusion,
+)
 from minigpt5.tinyworld.pretraining.blanks import (
     ACCORD_CONTEXT_WEIGHT,
     CONTEXT_WEIGHT,
@@ -42,8 +48,6 @@ from minigpt5.tinyworld.pretraining.loop import Place, Recipe, Scheduled, is_don
 from minigpt5.tinyworld.pretraining.parts import (
     PARTS,
     check_needs,
-    load_folder_backbone,
-    load_folder_diffusion,
     prepare_folder,
     run_part,
     scaled_recipe,
