@@ -1,12 +1,13 @@
 """The language model again: tokens it has never seen, where a picture belongs, must come to mean that picture.
 
-A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the mean
-of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's words,
-through noise, so that everything is said about equally loud. In the part ``blanks`` each state tells all of them,
-which makes every attribute easy to find for a mapper that has seen little; in the part ``accord``, which follows,
-one each and a second one where there are more, all but the first state, which says that a picture comes. And they
-must be the states that the picture's mere caption would lead to: a mapper that has learned from captions then
-understands stories and dialogues too. Half of each batch is text as before, so that nothing is forgotten.
+A large language model makes something of new tokens; one as small as this has to learn to. New tokens get the
+mean of the known rows, with noise: what vokens start from. The states that predict them must tell the picture's
+words, in the end through noise, so that everything is said about equally loud. In the part ``blanks`` each state
+tells all of them, which makes every attribute easy to find for a mapper that has seen little; in the part
+``accord``, which follows, one each and a second one where there are more, all but the first state, which says
+that a picture comes. And they must be, in the end, the states that the picture's mere caption would lead to: a
+mapper that has learned from captions then understands stories and dialogues too. Half of each batch is text as
+before, so that nothing is forgotten.
 Shapes: B texts, T tokens, H language width, V vocabulary, P pictures, N blanks of one, X words of one.
 """
 
@@ -33,14 +34,15 @@ from minigpt5.tinyworld.pretraining.examples import (
     without_system,
 )
 from minigpt5.tinyworld.pretraining.language import LanguageObjective
-from minigpt5.tinyworld.pretraining.loop import Recipe
+from minigpt5.tinyworld.pretraining.loop import Recipe, Scheduled
 from minigpt5.tinyworld.pretraining.pool import python_random
-from minigpt5.tinyworld.pretraining.text import wording_share
 from minigpt5.tinyworld.scenes import Scene
 from minigpt5.vokens import IGNORE_INDEX
 
-RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=2)
-ACCORD_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=3)
+ACCORD_RECIPE = Recipe(
+    steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=2
+)
 """Of the part ``accord``, in which the states share the words."""
 COUNT = 8
 """Blanks of a picture."""
@@ -53,14 +55,17 @@ _MAKERS: tuple[tuple[Maker, float], ...] = (
 """Maker of examples and its share of the steps; each picture's caption is learned from beside it."""
 WORDS = SEEN_WORDS
 """Of a picture with as many things as there can be."""
-CONTEXT_WEIGHT = 1.0
-ACCORD_CONTEXT_WEIGHT = 5.0
+CONTEXT_WEIGHT = 0.5
+ACCORD_CONTEXT_WEIGHT = 2.5
 """Of the distance to the caption's states in ``blanks`` and in ``accord``. Little of a state comes from elsewhere
 than the picture in the end, but the mapper would stumble over it; at first, the words are to be found."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
-_READING_NOISE = 1.0
-"""Relative to the deviation of the states."""
+_READING_NOISE = 0.5
+"""Relative to the states' root mean square, which the last norm holds: what a state says beside the picture's
+words costs what it could say them with."""
+_LITTLE = 0.25
+"""Variance below which a direction of the states hardly counts, relative to their mean square."""
 
 
 class BlankReader(nn.Module):
@@ -100,7 +105,7 @@ class AccordReader(nn.Module):
         return self.model.lm_head(telling_PXH[:, None, :WORDS])
 
 
-class BlankObjective:
+class BlankObjective(Scheduled):
     """Loss of one step.
 
     Args:
@@ -117,6 +122,7 @@ class BlankObjective:
         recipe: Recipe,
         context_weight: float = CONTEXT_WEIGHT,
     ) -> None:
+        super().__init__(recipe.steps)
         self.reader, self.model, self.writer = reader, reader.model, writer
         self.context_weight = context_weight
         self.batch_size = max(1, recipe.batch_size // 2)
@@ -134,16 +140,17 @@ class BlankObjective:
         states_PNH, errors = self.states(examples, generator)
         captions = [caption_example(rng, self.writer.voken_text, scene) for scene in scenes]
         plain_PNH, plain_errors = self.states(captions, generator)
-        states_PNH, context = torch.cat([states_PNH, plain_PNH]), wording_share(states_PNH, plain_PNH)
+        context = context_share(states_PNH, plain_PNH)
+        states_PNH = torch.cat([states_PNH, plain_PNH])
         noise_PNH = torch.randn(states_PNH.shape, generator=generator).to(states_PNH)
-        spread = states_PNH.detach().std(dim=0).mean()
-        logits_PNXV = self.reader(states_PNH + _READING_NOISE * spread * noise_PNH)
+        loudness = states_PNH.detach().square().mean().sqrt()
+        logits_PNXV = self.reader(states_PNH + self.hardness * _READING_NOISE * loudness * noise_PNH)
         words_PX = self.words(scenes * 2).to(states_PNH.device)
         words_PNX = words_PX[:, None].expand(logits_PNXV.shape[:-1])
         told = F.cross_entropy(logits_PNXV.flatten(0, 2), words_PNX.flatten(), ignore_index=IGNORE_INDEX)
         right_PNX = (logits_PNXV.argmax(dim=-1) == words_PNX) | (words_PNX == IGNORE_INDEX)
         return {
-            "loss": text + (errors + plain_errors) / 2 + told + self.context_weight * context,
+            "loss": text + (errors + plain_errors) / 2 + told + self.hardness * self.context_weight * context,
             "text": text,
             "told": told,
             "context": context,
@@ -198,6 +205,29 @@ class BlankObjective:
         )
         logits_BTV = self.model.lm_head(hidden_BTH[:, :-1])
         return F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORE_INDEX)
+
+
+def context_share(first_PNH: Tensor, second_PNH: Tensor) -> Tensor:
+    """Return how much of the variance of the states of two contexts a picture is between those two: 0 to about 1.
+
+    Every direction of a state counts alike, unless it varies little: otherwise the share would become small by
+    saying what is told alike in all contexts, a position, loudly in every state.
+    """
+    states_PNH = torch.cat([first_PNH, second_PNH])
+    width = states_PNH.shape[-1]
+    least = _LITTLE * states_PNH.detach().square().mean()
+    variance_NHH = _products(states_PNH - states_PNH.mean(dim=0))
+    within_NHH = _products(first_PNH - second_PNH) / 2
+    loaded_NHH = variance_NHH + least * torch.eye(width).to(variance_NHH)
+    both_NHH = torch.linalg.solve(loaded_NHH, torch.cat([within_NHH, variance_NHH], dim=-1))
+    within_NHH, variance_NHH = both_NHH.split(width, dim=-1)
+    return within_NHH.diagonal(dim1=1, dim2=2).sum() / variance_NHH.diagonal(dim1=1, dim2=2).sum()
+
+
+def _products(states_PNH: Tensor) -> Tensor:
+    """Return the mean products of the channels of each state ``[N, H, H]``."""
+    states_NPH = states_PNH.transpose(0, 1)
+    return states_NPH.transpose(1, 2) @ states_NPH / len(states_PNH)
 
 
 def blank_starts(ids_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ from minigpt5.generation import sample_seed
 STATES = "pretraining"
 """Folder of the checkpoints, below the weights."""
 LossOf = Callable[[torch.Generator], Mapping[str, Tensor]]
+_PLAIN, _RISING = 1 / 3, 2 / 9
+"""Shares of the steps of an objective that is easy at first, and in which it becomes as hard as it will be."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,22 @@ def refuse_other_settings(path: Path, made: Mapping[str, object], wanted: Mappin
 
 
 class Scheduled:
-    """An objective whose loss changes in the course of training."""
+    """An objective that is easy at first: what makes it hard comes after a third of the steps, in full after 5/9.
+
+    Args:
+        steps: of the whole training.
+    """
 
     step: int = 0
     """Steps taken, set before each."""
+
+    def __init__(self, steps: int) -> None:
+        self._plain, self._rising = round(steps * _PLAIN), max(1, round(steps * _RISING))
+
+    @property
+    def hardness(self) -> float:
+        """What makes the objective hard is weighted by it: 0 to 1."""
+        return min(1.0, max(0.0, (self.step - self._plain) / self._rising))
 
 
 class _Run:

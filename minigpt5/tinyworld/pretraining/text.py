@@ -28,8 +28,6 @@ RECIPE = Recipe(steps=2700, batch_size=64, learning_rate=1e-3, warmup_steps=200,
 
 _NOISE = 3.0
 """Relative to the deviation of the states."""
-_PLAIN, _RISING = 1 / 3, 2 / 9
-"""Shares of the steps without noise and without the loss by wording, and in which both come to full weight."""
 
 
 class CaptionReader(nn.Module):
@@ -56,11 +54,10 @@ class ReadingObjective(Scheduled):
 
     def __init__(self, reader: CaptionReader, tokenizer: CaptionTokenizer, recipe: Recipe) -> None:
         self.reader, self.tokenizer, self.recipe = reader, tokenizer, recipe
-        self._plain, self._rising = round(recipe.steps * _PLAIN), max(1, round(recipe.steps * _RISING))
+        super().__init__(recipe.steps)
 
     def __call__(self, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Return the loss, its part by wording, and the share of captions of which everything is read right."""
-        weight = min(1.0, max(0.0, (self.step - self._plain) / self._rising))
         rng = python_random(generator)
         scenes = [any_scene(rng) for _ in range(self.recipe.batch_size // 2)]
         # Each scene twice, in other words: once as the caption loss reads a caption, once as the pipeline does.
@@ -69,10 +66,10 @@ class ReadingObjective(Scheduled):
         noise_BQE = torch.randn(states_BQE.shape, generator=generator).to(states_BQE)
         spread = states_BQE.detach().std(dim=0).mean()
         loss, right_B = reading_loss(
-            self.reader.reader(states_BQE + weight * _NOISE * spread * noise_BQE), scenes * 2
+            self.reader.reader(states_BQE + self.hardness * _NOISE * spread * noise_BQE), scenes * 2
         )
         wording = wording_share(*pair)
-        return {"loss": loss + weight * wording, "wording": wording, "read": right_B.float().mean()}
+        return {"loss": loss + self.hardness * wording, "wording": wording, "read": right_B.float().mean()}
 
     def states(self, scenes: Sequence[Scene], rng: Random, *, masked: bool) -> Tensor:
         """Return text states of fresh captions of the scenes, half of them in the form of CC3M's reader."""

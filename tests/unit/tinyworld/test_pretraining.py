@@ -30,6 +30,7 @@ from minigpt5.tinyworld.pretraining.blanks import (
     BlankObjective,
     BlankReader,
     blank_starts,
+    context_share,
 )
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import MEASURES, HeldOut, Measure, measure_scorer, names_all
@@ -104,7 +105,7 @@ def test_each_part_lowers_its_loss_and_writes_its_files(folder, name, monkeypatc
             VisionObjective, "__call__", lambda self, _: again(self, torch.Generator().manual_seed(0))
         )
     # nothing is read through noise after 16 steps
-    monkeypatch.setattr("minigpt5.tinyworld.pretraining.text._PLAIN", 1.0)
+    monkeypatch.setattr("minigpt5.tinyworld.pretraining.loop._PLAIN", 1.0)
     part, place = PARTS[name], Place(folder, 0, CPU)
     quick = replace(part.recipe, steps=2, batch_size=8, warmup_steps=1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -391,6 +392,40 @@ def test_other_words_for_the_same_scene_share_their_states():
     assert 0.7 < wording_share(states, states.flip(1)) < 1.3
 
 
+def test_states_that_do_not_depend_on_their_context_share_all_variance():
+    draw = torch.Generator().manual_seed(0)
+    states, others = (torch.randn(400, 3, 8, generator=draw) for _ in range(2))
+    assert context_share(states, states) == 0
+    assert context_share(states, states + 0.01 * others) < 1e-3
+    assert 0.95 < context_share(states, others) < 1.05
+
+
+def test_what_all_contexts_say_alike_does_not_hide_what_they_say_differently_however_loud():
+    draw = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(400, 3, 8, generator=draw) for _ in range(2))
+    first[..., :4] = second[..., :4]
+    shares = {}
+    for loudness in (1.0, 1.5):
+        pair = [torch.cat([loudness * states[..., :4], states[..., 4:]], dim=-1) for states in (first, second)]
+        shares[loudness] = [float(share(*pair)) for share in (context_share, wording_share)]
+    quiet, loud = shares[1.0], shares[1.5]
+    assert quiet == pytest.approx([0.5, 0.5], abs=0.03)
+    assert loud[0] > 0.85 * quiet[0]
+    assert loud[1] < 0.7 * quiet[1]
+
+
+def test_words_are_found_before_noise_and_contexts_make_it_hard(folder):
+    objective, _ = blank_objective(folder, AccordReader, 3.0)
+    told, rest = [], []
+    for step in (0, QUICK.steps - 1):
+        objective.step = step
+        losses = objective(torch.Generator().manual_seed(0))
+        told.append(losses["told"])
+        rest.append(losses["loss"] - losses["told"])
+    assert told[0] != told[1]
+    torch.testing.assert_close(rest[1] - rest[0], 3 * losses["context"])
+
+
 def test_eyes_that_tell_every_word_have_no_error(folder, pool):
     models = load_folder_backbone(folder).model
     writer = PictureWriter(load_tokenizer(folder / "llama"))
@@ -460,9 +495,12 @@ def test_a_description_begins_with_what_stands_first_in_the_picture():
 
 
 def blank_objective(folder, reader=BlankReader, context_weight=CONTEXT_WEIGHT):
+    """Of the last step, when all terms have their full weight."""
     writer = PictureWriter(load_tokenizer(folder / "llama"))
     model = build_foundations(len(writer.tokenizer), 520, seed=1).language_model
-    return BlankObjective(reader(model), writer, replace(QUICK, batch_size=8), context_weight), writer
+    objective = BlankObjective(reader(model), writer, replace(QUICK, batch_size=8), context_weight)
+    objective.step = QUICK.steps - 1
+    return objective, writer
 
 
 def test_blanks_stand_where_a_replys_pictures_do(folder):
