@@ -400,7 +400,7 @@ def test_states_that_do_not_depend_on_their_context_share_all_variance():
     assert 0.95 < context_share(states, others) < 1.05
 
 
-def test_what_all_contexts_say_alike_does_not_hide_what_they_say_differently_however_loud():
+def test_what_all_contexts_say_alike_hides_little_of_what_they_say_differently_when_louder():
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randn(400, 3, 8, generator=draw) for _ in range(2))
     first[..., :4] = second[..., :4]
