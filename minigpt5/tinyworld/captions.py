@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from random import Random
 
-from minigpt5.tinyworld.scenes import COLOURS, POSITIONS, Scene, Thing, grid_cell
+from minigpt5.tinyworld.scenes import COLOURS, MOST_THINGS, POSITIONS, Scene, Thing, grid_cell
 
 Words = dict[str, tuple[str, ...]]
 
@@ -37,8 +37,6 @@ BACKGROUND_PHRASES: Words = {
     "sand": ("on the sand", "on the beach"),
     "snow": ("on the snow", "in the snow"),
 }
-MOST_THINGS = 2
-"""In one scene."""
 _ROWS, _COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
 _NOTHING = ". . . . ."
 SEEN_WORDS = 1 + MOST_THINGS * len(_NOTHING.split())
@@ -56,6 +54,7 @@ _TWO_THINGS = (
     "there is {thing} {place} and {other} {other_place} {ground} .",
     "{ground} there is {thing} {place} with {other} {other_place} .",
 )
+_BETWEEN_THINGS = re.compile(r"\b(?:and|with)\b")
 
 
 def caption(scene: Scene, rng: Random) -> str:
@@ -94,9 +93,15 @@ def seen_words(scene: Scene) -> str:
 
     Always :data:`SEEN_WORDS` words.
     """
-    things = in_reading_order(scene).things
-    words = [scene.background, *(_plain_thing(thing) for thing in things)]
-    return " ".join(words + [_NOTHING] * (MOST_THINGS - len(things)))
+    return padded_words(in_reading_order(scene))
+
+
+def padded_words(scene: Scene) -> str:
+    """Return a scene's plain words, the main thing first, and dots for a second one that is not.
+
+    Always :data:`SEEN_WORDS` words.
+    """
+    return " ".join([plain_words(scene)] + [_NOTHING] * (MOST_THINGS - len(scene.things)))
 
 
 def in_reading_order(scene: Scene) -> Scene:
@@ -123,6 +128,13 @@ def read_attributes(text: str) -> dict[str, str]:
         if places:
             found[attribute] = min(places, key=places.__getitem__)
     return found
+
+
+def read_things(text: str) -> list[dict[str, str]]:
+    """Return what :func:`read_attributes` finds of each thing in a caption, with its background."""
+    read = [read_attributes(part) for part in _BETWEEN_THINGS.split(text)]
+    ground = {name: value for found in read for name, value in found.items() if name == "background"}
+    return [found | ground for found in read]
 
 
 _NAMES: dict[str, Words] = {

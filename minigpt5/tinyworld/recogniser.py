@@ -20,12 +20,11 @@ from minigpt5.tinyworld.renderer import (
     background_gradient,
     shape_mask,
 )
-from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing
+from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, MOST_THINGS, POSITIONS, SHAPES, SIZES, Scene, Thing
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-MAX_THINGS = 2
 _MIN_DISTANCE = 45.0
 """RGB distance from the background at which a pixel may belong to a thing; textures stay below it."""
 _MIN_AREA = 12.0
@@ -117,7 +116,7 @@ def _find_blobs(distance_YX: FloatArray) -> list[BoolArray]:
     blobs = sorted(_components(distance_YX > threshold), key=lambda blob: -float(distance_YX[blob].sum()))
     if not blobs:
         return [np.ones_like(distance_YX, dtype=np.bool_)]
-    rest = [blob for blob in blobs[1:MAX_THINGS] if blob.sum() >= _MIN_AREA]
+    rest = [blob for blob in blobs[1:MOST_THINGS] if blob.sum() >= _MIN_AREA]
     return [blobs[0], *rest]
 
 

@@ -21,6 +21,8 @@ POSITIONS = (
 )
 """Cells of a 3 × 3 grid in reading order."""
 BACKGROUNDS = ("sky", "night", "grass", "sand", "snow")
+MOST_THINGS = 2
+"""In one scene."""
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_PERCENT = 20

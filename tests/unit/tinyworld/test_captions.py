@@ -4,6 +4,7 @@ from minigpt5.tinyworld.captions import (
     SEEN_WORDS,
     article,
     caption,
+    padded_words,
     plain_words,
     read_attributes,
     seen_words,
@@ -61,6 +62,14 @@ def test_plain_words_name_everything_in_one_order_and_differ_where_scenes_do():
     assert plain_words(both) == "snow big red circle middle center small blue ring upper left"
     scenes = {random_scene(seeded(0, "train", index), "train", things=1 + index % 2) for index in range(500)}
     assert len({plain_words(scene) for scene in scenes}) == len(scenes)
+
+
+def test_padded_words_are_plain_words_with_dots_in_the_place_of_a_second_thing():
+    circle, ring = Thing("circle", "red", "big", "middle"), Thing("ring", "blue", "small", "upper left")
+    both, one = Scene((circle, ring), "snow"), Scene((circle,), "snow")
+    assert padded_words(both) == plain_words(both)
+    assert padded_words(one) == f"{plain_words(one)} . . . . ."
+    assert len(padded_words(one).split()) == len(padded_words(both).split()) == SEEN_WORDS
 
 
 def test_what_a_picture_tells_does_not_show_which_thing_is_the_main_one():

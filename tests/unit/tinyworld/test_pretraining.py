@@ -33,7 +33,15 @@ from minigpt5.tinyworld.pretraining.blanks import (
     context_share,
 )
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
-from minigpt5.tinyworld.pretraining.evaluate import MEASURES, HeldOut, Measure, measure_scorer, names_all
+from minigpt5.tinyworld.pretraining.evaluate import (
+    MEASURES,
+    HeldOut,
+    Measure,
+    measure_scorer,
+    names_all,
+    names_everything,
+    share_of_both,
+)
 from minigpt5.tinyworld.pretraining.examples import (
     BLANK,
     Example,
@@ -59,6 +67,7 @@ from minigpt5.tinyworld.pretraining.run import pretrain
 from minigpt5.tinyworld.pretraining.text import CaptionReader, ReadingObjective, caption_states, wording_share
 from minigpt5.tinyworld.pretraining.vae import VaeObjective
 from minigpt5.tinyworld.pretraining.vision import EyesObjective, VisionObjective
+from minigpt5.tinyworld.renderer import render
 from minigpt5.tinyworld.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, belongs, seeded
 
 CPU = torch.device("cpu")
@@ -518,6 +527,14 @@ def test_blanks_stand_where_a_replys_pictures_do(folder):
         assert (rows[row] == BLANK).sum() == COUNT
 
 
+def test_blanks_often_stand_for_a_picture_of_two_things(folder):
+    objective, _ = blank_objective(folder)
+    rng = Random(0)
+    drawn = [example for _ in range(300) for example in objective.draw(rng)]
+    with_two = sum(any(len(scene.things) == 2 for scene in example.outputs) for example in drawn)
+    assert 0.4 < with_two / len(drawn) < 0.6
+
+
 def test_blanks_are_near_the_mean_row_and_known_tokens_keep_theirs(folder):
     objective, writer = blank_objective(folder)
     rows = objective.model.get_input_embeddings().weight
@@ -553,8 +570,7 @@ def test_in_accord_each_blank_but_the_first_tells_a_word_and_a_second_one_where_
     assert words.shape == (2, WORDS)
     decode = writer.tokenizer.decode
     assert decode(words[0].tolist()).split() == plain_words(both).split()
-    assert decode(words[1, :6].tolist()).split() == plain_words(one).split()
-    assert (words[1, 6:] < 0).all()
+    assert decode(words[1].tolist()).split() == [*plain_words(one).split(), *"....."]
     states = torch.randn(2, COUNT, objective.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     told = objective.reader(states)
     head = objective.model.lm_head
@@ -685,8 +701,29 @@ def test_descriptions_are_compared_with_either_thing():
     data = HeldOut.draw(40, seed=0)
     for scene, text in zip(data.scenes, data.captions, strict=True):
         assert names_all(text, scene)
-        assert not names_all(text, replace(scene, background="sky" if scene.background != "sky" else "sand"))
+        assert names_everything(text, scene)
+        elsewhere = replace(scene, background="sky" if scene.background != "sky" else "sand")
+        assert not names_all(text, elsewhere)
+        assert not names_everything(text, elsewhere)
     assert not names_all("", data.scenes[0])
+
+
+def test_a_description_that_leaves_out_or_invents_a_thing_does_not_name_everything():
+    one, other = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
+    both = "a big red star at the top and a small blue ring at the bottom in the snow ."
+    first = "a big red star at the top in the snow ."
+    assert names_everything(both, Scene((other, one), "snow"))
+    assert names_all(first, Scene((other, one), "snow"))
+    assert not names_everything(first, Scene((one, other), "snow"))
+    assert not names_everything(both, Scene((one,), "snow"))
+    assert not names_everything(both.replace("blue", "pink"), Scene((one, other), "snow"))
+
+
+def test_of_pictures_that_should_show_two_things_those_with_both_are_counted():
+    one, other = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
+    both, alone = Scene((one, other), "snow"), Scene((one,), "snow")
+    pictures = [render(scene, Random(0)) for scene in (both, Scene((other, one), "sky"), alone, alone)]
+    assert share_of_both([both, both, both, alone], pictures) == pytest.approx(2 / 3)
 
 
 def test_retrieved_records_of_the_same_scene_are_right():
@@ -708,6 +745,8 @@ def test_evaluate_prints_floors_and_names_what_is_not_met(folder, capsys):
     assert "floor  95%   NOT MET" in printed.out
     assert printed.err == "floors not met: retrieval: top-1 of 100\n"
     assert Measure("vae", "x", 0.99, 0.99).met
+    assert Measure("vae", "x", 0.0).met
+    assert str(Measure("vae", "x", 0.5)).endswith(" 50.0%")
 
 
 def test_evaluate_takes_the_parts_that_are_measured(capsys):
