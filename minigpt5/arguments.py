@@ -98,8 +98,8 @@ _PUBLISHED = (
         translate=_flatten, metavar="INDEX",
     ),
     Flag(
-        "snr_loss", ("loss.min_snr_gamma",), "Min-SNR loss weighting with gamma 5", parse_bool, bare=True,
-        translate=lambda on: PUBLISHED_SNR_GAMMA if on else None,
+        "snr_loss", ("loss.min_snr_gamma",), "Min-SNR loss weighting with gamma 5 (default: True)", parse_bool,
+        bare=True, translate=lambda on: PUBLISHED_SNR_GAMMA if on else None,
     ),
     Flag(
         "model_type", (), "only multimodal_encoder, the published model, exists", choices=("multimodal_encoder",)
@@ -131,8 +131,8 @@ _OURS = (
     Flag("stage", ("stage",), "training stage; overrides IS_STAGE2", choices=tuple(Stage)),
     Flag("dataset", ("data.dataset",), "layout of the data files (default: detected)", choices=tuple(DatasetName)),
     Flag(
-        "force_image", ("generation.images",), "every reply begins with a picture", parse_bool, bare=True,
-        translate=lambda on: "force" if on else "auto",
+        "force_image", ("generation.images",), "every reply begins with a picture (default: False)", parse_bool,
+        bare=True, translate=lambda on: "force" if on else "auto",
     ),
     Flag("batch_size", ("generation.batch_size",), "prompts answered at once when generating", int),
     Flag("max_steps", ("training.max_steps",), "stop training after this many optimizer steps", int),
@@ -183,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=(
             "Environment: MINIGPT5_CONFIG, IS_STAGE2, DATAFOLDER, PREPROCESS_FEATURE_FOLDER, CC3M_FOLDER, "
             "WEIGHTFOLDER, OUTPUT_FOLDER, OUTPUT_SUFFIX. Flags win over the environment, which wins over the "
-            "configuration file."
+            "configuration file, whose values replace the defaults shown here."
         ),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

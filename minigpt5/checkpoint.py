@@ -9,6 +9,7 @@ language model's own rows, they are restored whole: the published training drift
 import json
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,42 @@ def trainable_state(model: MiniGPT5) -> State:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def checkpoint_mark(stage: Stage) -> dict[str, Any]:
-    """Return the entry that marks a Lightning checkpoint as ours (under :data:`FORMAT_KEY`)."""
-    return {"format": 1, "stage": stage.value}
+def checkpoint_mark(stage: Stage, stage1: str | None = None) -> dict[str, Any]:
+    """Return the entry that marks a Lightning checkpoint as ours (under :data:`FORMAT_KEY`).
+
+    Args:
+        stage: it belongs to.
+        stage1: of a stage-2 checkpoint: :func:`fingerprint` of the stage-1 weights that it goes on top of.
+    """
+    mark = {"format": 1, "stage": stage.value}
+    return mark if stage1 is None or stage is Stage.ALIGNMENT else mark | {"stage1": stage1}
+
+
+def fingerprint(tensors: State) -> str:
+    """Return a hash of a checkpoint's trained weights: the same in either layout, stripped or converted."""
+    digest = sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_stage1(model: MiniGPT5, mark: Mapping[str, Any], path: str | Path, flag: str) -> None:
+    """Check that a stage-2 checkpoint goes on top of the stage-1 weights it was trained on, if it says which.
+
+    Part of the mapper stays as stage 1 left it: on top of another stage 1, stage 2's part means nothing.
+
+    Raises:
+        InputError: the model's stage-1 weights are others.
+    """
+    wanted = mark.get("stage1")
+    if wanted is None or model.stage1 is None or wanted == model.stage1:
+        return
+    raise InputError(
+        f"{flag} {path}: was trained on top of other stage-1 weights than --stage1_weight gave; give those (a "
+        "name is looked for in WEIGHTFOLDER first: for a checkpoint that ships with the preset, give the stage-1 "
+        "file that ships beside it by its path)"
+    )
 
 
 def wanted_keys(model: MiniGPT5, stage: Stage) -> set[str]:
@@ -145,7 +179,7 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
 
     Raises:
         InputError: wrong stage, stage 2 before stage 1, keys or shapes that do not fit, LoRA that would not be
-            applied.
+            applied, stage 2 on top of another stage 1 than it was trained on.
     """
     checkpoint = read_checkpoint(path, model.config.vokens.count + 1, flag)
     if checkpoint.stage is not expected:
@@ -169,6 +203,10 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
     if wrong:
         raise InputError(f"{flag} {path}: sizes differ from the configuration's:\n  " + "\n  ".join(wrong[:8]))
     raise_for_values(str(path), checkpoint.tensors)
+    if expected is Stage.ALIGNMENT:
+        model.stage1 = fingerprint(found)
+    elif not is_complete:
+        check_stage1(model, checkpoint.meta.get(FORMAT_KEY, {}), path, flag)
     with torch.no_grad():
         for key, value in found.items():
             parameters[key].copy_(value)
@@ -224,7 +262,7 @@ def write_folder(checkpoint: Checkpoint, folder: Path, base: Mapping[str, Tensor
         for key, value in checkpoint.tensors.items()
         if key not in base or not torch.equal(base[key].to(value.dtype), value)
     }
-    keep = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters")
+    keep = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters", FORMAT_KEY)
     meta = {key: checkpoint.meta[key] for key in keep if key in checkpoint.meta}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSOR_FILE)
@@ -283,7 +321,8 @@ def strip(source: Path, target: Path, new_tokens: int) -> Checkpoint:
     if checkpoint.layout != "ours":
         raise InputError(f"{source}: is in the published layout; use convert --to ours")
     target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": checkpoint.tensors, FORMAT_KEY: checkpoint_mark(checkpoint.stage)}, target)
+    mark = checkpoint.meta.get(FORMAT_KEY) or checkpoint_mark(checkpoint.stage)
+    torch.save({"state_dict": checkpoint.tensors, FORMAT_KEY: mark}, target)
     return checkpoint
 
 

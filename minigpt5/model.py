@@ -71,6 +71,8 @@ class MiniGPT5(nn.Module):
         self._compiled_steps: CompiledSteps | None = None
         self.reports: list[KeyReport] = []
         self.has_stage1 = False
+        self.stage1: str | None = None
+        """Fingerprint of the stage-1 checkpoint that was loaded."""
         """Set once stage-1 weights are loaded; stage-2 weights only go on top of them."""
         if stage is Stage.MULTIMODAL:
             self.prefix = adapt(backbone.language_model, config.adapter)

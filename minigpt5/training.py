@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from minigpt4.weights import raise_for_keys
-from minigpt5.checkpoint import FORMAT_KEY, checkpoint_mark, trainable_state
+from minigpt5.checkpoint import FORMAT_KEY, check_stage1, checkpoint_mark, trainable_state
 from minigpt5.config import TrainingConfig
 from minigpt5.data.types import Batch
 from minigpt5.generation import sample_seed
@@ -93,7 +93,16 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trainable weights only: the frozen ones come from their own files."""
         checkpoint["state_dict"] = trainable_state(self.model)
-        checkpoint[FORMAT_KEY] = checkpoint_mark(self.model.stage)
+        checkpoint[FORMAT_KEY] = checkpoint_mark(self.model.stage, self.model.stage1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a run goes on with the stage-1 weights it began with.
+
+        Raises:
+            InputError: they are others.
+        """
+        if self.model.config.mapper.stage2_trains != "whole":
+            check_stage1(self.model, checkpoint[FORMAT_KEY], str(self.trainer.ckpt_path), "--resume")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Put a checkpoint's trainable weights back (``--resume``); the frozen ones are in place already.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 
+from minigpt4.errors import InputError
 from minigpt5.checkpoint import FORMAT_KEY, trainable_state
 from minigpt5.config import Stage
 from minigpt5.hardware import choose_hardware
@@ -74,6 +75,12 @@ def test_resume_of_stage_2_repeats_adapter_dropout_and_accumulation(quick_config
         train(quick_config("VIST", **settings, paths__checkpoints=interrupted), [KillBefore(3)])
     last = interrupted / "model-last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
+    other = torch.load(stage1_checkpoint, weights_only=True)
+    other["state_dict"]["mapper.queries"] *= 1.01
+    torch.save(other, tmp_path / "other.ckpt")
+    changed = settings | {"stage1_weight": tmp_path / "other.ckpt"}
+    with pytest.raises(InputError, match=f"--resume {last}: was trained on top of other stage-1 weights"):
+        train(quick_config("VIST", **changed, paths__checkpoints=interrupted, resume=last))
     train(quick_config("VIST", **settings, paths__checkpoints=interrupted, resume=last))
     assert_equal_weights(weights_of(tmp_path / "straight" / "model-last.ckpt"), weights_of(last))
 

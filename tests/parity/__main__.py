@@ -1,4 +1,4 @@
-"""``python -m tests.parity DIR [--json FILE]``: compare the production code with every recorded value in DIR."""
+"""``python -m tests.parity DIR [--json FILE]``: compare the production code with the recorded values in DIR."""
 
 import argparse
 import importlib

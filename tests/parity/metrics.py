@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ _SCORE_TOLERANCE = 1e-4
 _TEXT_TOLERANCE = 1e-6
 _FEATURE_TOLERANCE = 1e-5
 _ENCODER_WIDTH = 64
-_NO_BASELINE = "vist_no_baseline"
 
 
 def compare_metrics(folder: Path) -> list[Row]:
@@ -38,8 +36,6 @@ def compare_metrics(folder: Path) -> list[Row]:
         config = fixture_config(folder, work)
         for dataset in DATASETS:
             rows += _compare_dataset(folder / dataset, dataset, config, work)
-        if (folder / _NO_BASELINE / "results_dict.json").is_file():
-            rows += _compare_no_baseline(folder, config, work)
     return rows
 
 
@@ -119,21 +115,6 @@ def _compare_dataset(folder: Path, dataset: str, config: MetricsConfig, work: Pa
         rows.append(_compare_numbers(group, name, float("nan") if ours is None else ours, value, _SCORE_TOLERANCE))
     details = json.loads((folder / "details.json").read_text(encoding="utf-8"))
     return rows + _compare_details(group, scores, details) + _compare_features(group, folder, dataset, config)
-
-
-def _compare_no_baseline(folder: Path, config: MetricsConfig, work: Path) -> list[Row]:
-    """Compare VIST without baseline pictures, where the published code writes 0 or NaN and ours null."""
-    predictions = [replace(each, baseline_image=None) for each in read_fixture(folder / "vist", "vist")]
-    scores = score("vist", predictions, folder / "vist", config, work / "none")
-    reference = json.loads((folder / _NO_BASELINE / "results_dict.json").read_text(encoding="utf-8"))
-    group = f"metrics/{_NO_BASELINE}"
-    rows = []
-    for name, value in reference.items():
-        if "basline" in name:
-            rows.append(compare_exact(group, f"{name} is null", scores.published[name], None))
-        else:
-            rows.append(_compare_numbers(group, name, scores.published[name], value, _SCORE_TOLERANCE))
-    return rows
 
 
 def _compare_details(group: str, scores: Scores, details: dict[str, Any]) -> list[Row]:

@@ -152,6 +152,28 @@ def test_stages_are_not_mixed_up():
         load_checkpoint(multimodal, FIXTURE / "stage1.ckpt", Stage.MULTIMODAL, "--test_weight")
 
 
+def test_stage_2_goes_on_top_of_the_stage_1_it_was_trained_on(tmp_path):
+    trained = build(Stage.MULTIMODAL)
+    load_checkpoint(trained, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--stage1_weight")
+    mark = checkpoint_mark(Stage.MULTIMODAL, trained.stage1)
+    own = tmp_path / "own.ckpt"
+    torch.save({"state_dict": trainable_state(trained), FORMAT_KEY: mark}, own)
+    main(["strip", str(own), str(tmp_path / "stripped.ckpt")])
+    convert(own, tmp_path / "folder", to="ours", new_tokens=9)
+    convert(FIXTURE / "stage1.ckpt", tmp_path / "stage1", to="ours", new_tokens=9)
+    other = broken(tmp_path, 1, lambda state: state["t2i_decoder_prompt"].mul_(1.01))
+    for stage2 in (own, tmp_path / "stripped.ckpt", tmp_path / "folder"):
+        model = build(Stage.MULTIMODAL)
+        load_checkpoint(model, other, Stage.ALIGNMENT, "--stage1_weight")
+        with pytest.raises(InputError, match=f"--test_weight {stage2}: was trained on top of other stage-1"):
+            load_checkpoint(model, stage2, Stage.MULTIMODAL, "--test_weight")
+        load_checkpoint(model, tmp_path / "stage1", Stage.ALIGNMENT, "--stage1_weight")
+        load_checkpoint(model, stage2, Stage.MULTIMODAL, "--test_weight")
+    # A published file does not say what it goes on top of.
+    load_checkpoint(model, other, Stage.ALIGNMENT, "--stage1_weight")
+    load_checkpoint(model, FIXTURE / "stage2.ckpt", Stage.MULTIMODAL, "--test_weight")
+
+
 def test_lora_that_would_not_be_applied_is_an_error():
     model = build(Stage.MULTIMODAL, adapter=AdapterConfig(kind="none"))
     load_checkpoint(model, FIXTURE / "stage1.ckpt", Stage.ALIGNMENT, "--stage1_weight")
