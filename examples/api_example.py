@@ -30,7 +30,7 @@ def main() -> None:
     chat.answer(first)
     print("first:", first.text, [picture.size for picture in first.images])
 
-    (second,) = model.generate([chat.ask("What should happen then?")], settings)
+    (second,) = model.generate([chat.ask("What should happen then?", fits=model.fits)], settings)
     print("second:", second.text, [picture.size for picture in second.images])
 
 

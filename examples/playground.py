@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     from minigpt5.runs import open_model
 
     model = open_model(config)
+    if not model.fits(prompt):
+        raise InputError("--prompt: longer than the model can read (the tokenizer's model_max_length); shorten it")
     own.out.mkdir(parents=True, exist_ok=True)
     for number in range(own.replies):
         reply = model.generate([prompt], replace(config.generation, seed=config.generation.seed + number))[0]

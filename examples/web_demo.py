@@ -69,10 +69,16 @@ def build_page(config: RunConfig) -> Any:
         chat = chat or Conversation()
         pictures = [open_picture(Path(path)) for path in message["files"]]
         try:
-            prompt = chat.ask(message["text"], pictures)
+            prompt = chat.ask(message["text"], pictures, model.fits)
         except ValueError as error:
             raise gradio.Error(str(error)) from None
-        answer = model.generate([prompt], _settings(config, policy, scale, int(steps)))[0]
+        try:
+            answer = model.generate([prompt], _settings(config, policy, scale, int(steps)))[0]
+        except Exception as error:
+            chat.take_back()  # or every later question would be asked after it
+            if isinstance(error, InputError):
+                raise gradio.Error(str(error)) from None
+            raise
         chat.answer(answer)
         shown = [*shown, *[_shown("user", gradio.Image(picture)) for picture in pictures]]
         if message["text"]:

@@ -83,8 +83,8 @@ class LlamaTokenizer:
             return list(self._added)[index - self.base_size]
         return str(self._pieces.id_to_piece(index))
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Return token ids, cut on the right to ``max_length`` if that is set."""
+    def encode(self, text: str, *, add_bos: bool = False, cut: bool = True) -> list[int]:
+        """Return token ids; with ``cut``, on the right to ``max_length`` if that is set."""
         ids = [self.bos_id] if add_bos else []
         parts = self._splitter.split(text)
         specials = self._control | self._added
@@ -98,7 +98,7 @@ class LlamaTokenizer:
                 part = part.rstrip()
             if part:
                 ids.extend(self._pieces.encode(part))
-        return ids if self.max_length is None else ids[: self.max_length]
+        return ids[: self.max_length] if cut else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of ``ids``; added tokens are set off by spaces, as in transformers 4.31.

@@ -149,17 +149,17 @@ def publish_checkpoint(best: Path, target: Path) -> Path:
 
     A file that is already there, perhaps a downloaded checkpoint, is kept under the next free ``-vN`` name.
     """
-    if best == target:
+    if best.resolve() == target.resolve():  # Lightning's paths have no symbolic links, a run's may
         return target
-    if target.exists():
-        kept = _free_name(target)
-        target.rename(kept)
-        print(f"notice: {target} was there already; kept as {kept.name}", file=sys.stderr)
     partial = target.with_suffix(".partial")
     if best.is_dir():
         shutil.copytree(best, partial)
     else:
         shutil.copyfile(best, partial)
+    if target.exists():
+        kept = _free_name(target)
+        target.rename(kept)
+        print(f"notice: {target} was there already; kept as {kept.name}", file=sys.stderr)
     partial.replace(target)
     return target
 

@@ -294,15 +294,15 @@ def convert(
             to be found.
     """
     checkpoint = read_checkpoint(source, new_tokens)
+    vocabulary = None
     if language_model is not None and (language_model / MODEL_FILE).is_file():
-        check_voken_count(checkpoint, len(load_tokenizer(language_model)))
-    else:
-        check_voken_count(checkpoint)
+        vocabulary = len(load_tokenizer(language_model))
+    check_voken_count(checkpoint, vocabulary)
     if to == "ours" and target.is_file():
         raise InputError(f"{target}: is a file; our layout is a folder, so name a folder to write")
     if to == "published" and target.is_dir():
         raise InputError(f"{target}: is a folder; the published layout is a file, so name a file to write")
-    base = _base_rows(language_model, stage1, checkpoint)
+    base = _base_rows(language_model, stage1, checkpoint, vocabulary)
     if to == "ours":
         write_folder(checkpoint, target, base)
     else:
@@ -326,7 +326,8 @@ def strip(source: Path, target: Path, new_tokens: int) -> Checkpoint:
     return checkpoint
 
 
-def _base_rows(folder: Path | None, stage1: Path | None, checkpoint: Checkpoint) -> State:
+def _base_rows(folder: Path | None, stage1: Path | None, checkpoint: Checkpoint, vocabulary: int | None) -> State:
+    """Return the language model's own rows from where they are; without those that only fill up its matrices."""
     if stage1 is not None:
         tensors = read_checkpoint(stage1, len(checkpoint.tensors["rows.embedding"]), "--stage1").tensors
         return {key: value for key, value in tensors.items() if key in BASE.values()}
@@ -336,4 +337,4 @@ def _base_rows(folder: Path | None, stage1: Path | None, checkpoint: Checkpoint)
     flag = "--language_model"
     rows = {names[key]: value for key, value in folder_tensors(folder, flag) if key in names}
     sizes = {key: len(value) for key, value in checkpoint.tensors.items() if key in rows}
-    return {key: value[: sizes.get(key, len(value))] for key, value in rows.items()}
+    return {key: value[: sizes.get(key, vocabulary)] for key, value in rows.items()}

@@ -1,6 +1,6 @@
 """A chat with the model: turns of text and pictures, written as the prompt the model was trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -29,15 +29,19 @@ class Conversation:
     system: str = prompts.VIST_SYSTEM
     turns: list[Turn] = field(default_factory=list)
 
-    def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
+    def ask(
+        self, text: str, images: Sequence[Image.Image] = (), fits: Callable[[Prompt], bool] = lambda prompt: True
+    ) -> Prompt:
         """Add a question and return the prompt for its answer.
 
         Args:
             text: may hold ``<ImageHere>`` where a picture belongs; pictures without one are put before the text.
             images: pictures, in the order of their marks; squared with white, as when the model was trained.
+            fits: whether the model can read a prompt (:meth:`minigpt5.model.MiniGPT5.fits`). The oldest questions
+                and their answers are left out of the prompt, not of the conversation, until it can.
 
         Raises:
-            ValueError: more marks than pictures.
+            ValueError: more marks than pictures, or a question that does not even fit alone; it is not added.
         """
         marks = text.count(INPUT_PICTURE)
         if marks > len(images):
@@ -46,17 +50,27 @@ class Conversation:
         before = prompts.PICTURE * (len(images) - marks)
         squared = tuple(expand2square(image.convert("RGB")) for image in images)
         self.turns.append(Turn(prompts.HUMAN, f"{before}{text} ", squared))
-        return self.prompt()
+        starts = [number for number, turn in enumerate(self.turns) if turn.speaker == prompts.HUMAN]
+        prompt = next(filter(fits, map(self.prompt, starts)), None)
+        if prompt is None:
+            self.take_back()
+            raise ValueError("the question is longer than the model can read; shorten it")
+        return prompt
+
+    def take_back(self) -> None:
+        """Remove the newest question, which got no answer."""
+        if self.turns and self.turns[-1].speaker == prompts.HUMAN:
+            self.turns.pop()
 
     def answer(self, reply: Reply) -> None:
         """Add the model's reply, pictures in place."""
         parts = [part if isinstance(part, str) else prompts.PICTURE for part in reply.parts]
         self.turns.append(Turn(prompts.ASSISTANT, f"{' '.join(parts)}\n", reply.images))
 
-    def prompt(self) -> Prompt:
-        """Return the whole conversation as a prompt that waits for the assistant."""
-        text = self.system + "".join(f"{turn.speaker} {turn.text}" for turn in self.turns)
-        images = tuple(image for turn in self.turns for image in turn.images)
+    def prompt(self, start: int = 0) -> Prompt:
+        """Return the conversation from a turn on as a prompt that waits for the assistant."""
+        text = self.system + "".join(f"{turn.speaker} {turn.text}" for turn in self.turns[start:])
+        images = tuple(image for turn in self.turns[start:] for image in turn.images)
         return Prompt(f"turn-{len(self.turns)}", text + prompts.ASSISTANT, images)
 
 

@@ -71,7 +71,7 @@ class Place:
 
 def process_place() -> Place:
     """Return which process this is, as ``torchrun`` or SLURM's ``srun`` say; the only one otherwise."""
-    if "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect():
+    if started_by_slurm():
         slurm = SLURMEnvironment()
         return Place(slurm.local_rank(), slurm.global_rank(), slurm.world_size())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -81,11 +81,16 @@ def process_place() -> Place:
     return Place(local_rank, int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
-    """Check that ``torchrun`` or SLURM started as many processes as the run has devices.
+def started_by_slurm() -> bool:
+    """Whether ``srun`` started the processes, not ``torchrun`` within an allocation."""
+    return "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect()
+
+
+def check_processes_here(hardware: Hardware) -> None:
+    """Check that ``torchrun`` or SLURM started as many processes on this machine as the run has devices here.
 
     Raises:
-        InputError: another number; some would train alone, or wait for others for ever.
+        InputError: another number; some would train alone, wait for others for ever or share a GPU.
     """
     here, wanted = _processes_here(), hardware.device_count
     if here is not None and here != wanted:
@@ -94,10 +99,18 @@ def check_processes(hardware: Hardware, training: TrainingConfig) -> None:
             f"{here} processes were started on this machine, but the run uses {devices}; start one a device "
             "(torchrun --nproc-per-node, srun --ntasks-per-node), all of which see all devices, or give --gpus"
         )
-    world = process_place().world
-    if here is not None and world != wanted * training.num_nodes:
+
+
+def check_machines(hardware: Hardware, training: TrainingConfig) -> None:
+    """Check that ``torchrun`` or SLURM started a training's processes on as many machines as ``--num_nodes`` says.
+
+    Raises:
+        InputError: another number.
+    """
+    world, here = process_place().world, hardware.device_count
+    if _processes_here() is not None and world != here * training.num_nodes:
         raise InputError(
-            f"--num_nodes {training.num_nodes}: {world} processes were started, {wanted} on each machine"
+            f"--num_nodes {training.num_nodes}: {world} processes were started, {here} on each machine"
         )
 
 
@@ -110,6 +123,6 @@ def _processes_here() -> int | None:
     """Return how many processes ``torchrun`` or SLURM started on this machine; None if neither did."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    if "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect():
+    if started_by_slurm():
         return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
     return None

@@ -70,9 +70,9 @@ class MiniGPT5(nn.Module):
         self.prefix: Prefix | None = None
         self._compiled_steps: CompiledSteps | None = None
         self.reports: list[KeyReport] = []
-        self.has_stage1 = False
         self.stage1: str | None = None
         """Fingerprint of the stage-1 checkpoint that was loaded."""
+        self.has_stage1 = False
         """Set once stage-1 weights are loaded; stage-2 weights only go on top of them."""
         if stage is Stage.MULTIMODAL:
             self.prefix = adapt(backbone.language_model, config.adapter)
@@ -333,8 +333,17 @@ class MiniGPT5(nn.Module):
             self._compiled_steps = CompiledSteps(self.backbone.language_model, self.prefix)
         return self._compiled_steps
 
+    def fits(self, request: Prompt) -> bool:
+        """Whether the tokenizer's limit (``model_max_length``) cuts off nothing of a prompt's text."""
+        limit = self.tokenizer.max_length
+        return limit is None or len(self.tokenizer.encode(request.text, cut=False)) <= limit
+
     def prompt_embeds(self, requests: Sequence[Prompt]) -> list[Tensor]:
-        """Return prompts' embeddings ``[T, H]`` with the beginning-of-sequence token and their pictures."""
+        """Return prompts' embeddings ``[T, H]`` with the beginning-of-sequence token and their pictures.
+
+        Raises:
+            InputError: a prompt has not as many pictures as placeholders, or is too long for one of them.
+        """
         pictures = iter(self._picture_features(requests))
         embeds = []
         for request in requests:
@@ -343,8 +352,14 @@ class MiniGPT5(nn.Module):
                 raise InputError(
                     f"prompt {request.id}: {wanted} {INPUT_PICTURE} placeholders but {given} pictures"
                 )
+            ids = self.tokenizer.encode(request.text)
+            if ids.count(self.voken_ids.picture) < given:
+                raise InputError(
+                    f"prompt {request.id}: the tokenizer's limit of {self.tokenizer.max_length} tokens "
+                    "(model_max_length) cuts off a picture; shorten it"
+                )
             features = [next(pictures) for _ in request.images]
-            ids_1T = torch.tensor([self.tokenizer.encode(request.text)], dtype=torch.long, device=self.device)
+            ids_1T = torch.tensor([ids], dtype=torch.long, device=self.device)
             unlabelled = torch.full_like(ids_1T, IGNORE_INDEX)
             features_PLH = torch.stack(features) if features else None
             embeds.append(self.assemble(ids_1T, torch.ones_like(ids_1T), unlabelled, features_PLH).embeds_BTH[0])

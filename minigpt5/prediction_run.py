@@ -1,6 +1,6 @@
 """Generating a reply for every sample of a test set, into a prediction store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def describe_run(config: RunConfig, dataset: str, data_file: Path, checkpoints: 
 
 def predict_samples(
     model: MiniGPT5,
-    samples: Sequence[Sample],
+    samples: Mapping[int, Sample],
     store: PredictionStore,
     config: GenerationConfig,
     dataset: str,
@@ -66,7 +66,7 @@ def predict_samples(
 
     Args:
         model: on its device, with its checkpoint loaded.
-        samples: the test samples of this process.
+        samples: the test samples of this process by their places in the test file.
         store: where predictions go; what it holds already is skipped.
         config: decoding settings; ``batch_size`` prompts are answered at once.
         dataset: recorded with every prediction.
@@ -75,17 +75,18 @@ def predict_samples(
         InputError: a picture cannot be read.
     """
     model.eval()
-    waiting = [index for index in range(len(samples)) if samples[index].id not in store.done]
+    waiting = [place for place, sample in samples.items() if sample.id not in store.done]
     progress = tqdm(total=len(samples), initial=len(samples) - len(waiting), desc="replies", unit="sample")
     with progress:
         for start in range(0, len(waiting), config.batch_size):
-            batch = [samples[index] for index in waiting[start : start + config.batch_size]]
+            places = waiting[start : start + config.batch_size]
+            batch = [samples[place] for place in places]
             prompts = [open_prompt(sample) for sample in batch]
             replies = model.generate(prompts, config)
             baselines = _baselines(model, batch, config)
-            for sample, prompt, reply in zip(batch, prompts, replies, strict=True):
+            for place, sample, prompt, reply in zip(places, batch, prompts, replies, strict=True):
                 store.append(
-                    _prediction(sample, reply, dataset),
+                    _prediction(place, sample, reply, dataset),
                     images=reply.images,
                     target_images=wanted_pictures(sample, model.config.diffusion.image_size),
                     baseline_image=baselines.get(sample.id),
@@ -113,8 +114,9 @@ def _baselines(model: MiniGPT5, batch: list[Sample], config: GenerationConfig) -
     return dict(zip(captions, pictures, strict=True))
 
 
-def _prediction(sample: Sample, reply: Reply, dataset: str) -> Prediction:
+def _prediction(place: int, sample: Sample, reply: Reply, dataset: str) -> Prediction:
     return Prediction(
+        place=place,
         id=sample.id,
         dataset=dataset,
         task=sample.task.value,

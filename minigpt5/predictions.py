@@ -47,6 +47,8 @@ class Prediction:
     baseline_image: str | None = None
     """Stable Diffusion's own picture of the caption (published ``predicted_images_nl``)."""
     input_images: tuple[str, ...] = ()
+    place: int | None = None
+    """Of the sample in the test file; scores that depend on an order take this one, whatever process replied."""
 
     @property
     def wants_image(self) -> bool:
@@ -123,7 +125,9 @@ class PredictionStore:
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
-    """Read every process's predictions of a folder, the first of each id, in file order.
+    """Read every process's predictions of a folder, the first of each id, in the test file's order.
+
+    Those that do not say their place stand behind the others, as they come.
 
     Raises:
         InputError: no folder, or a line that is no prediction (file and line are named).
@@ -132,15 +136,16 @@ def read_predictions(folder: Path) -> list[Prediction]:
         raise InputError(f"{folder}: no predictions there; run train_eval.py with --test_data_path first")
     found: dict[str, Prediction] = {}
     for path in sorted(folder.glob("predictions*.jsonl")):
-        # Not splitlines(): a reply may hold U+2028 and the like. A last line without its break is being written.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        # A last line without its break is being written, or was when its process was killed, in mid-letter even.
+        lines = path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
                 prediction = _parse(json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 raise InputError(f"{path}:{number}: not a prediction: {error}") from None
             found.setdefault(prediction.id, prediction)
-    return list(found.values())
+    last = max((one.place for one in found.values() if one.place is not None), default=0) + 1
+    return sorted(found.values(), key=lambda one: last if one.place is None else one.place)
 
 
 def count_left_out(folder: Path) -> int:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.multiprocessing import spawn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -26,7 +27,15 @@ from minigpt5.config import DatasetName, RunConfig, Stage, TrainingConfig
 from minigpt5.data.module import DataModule
 from minigpt5.data.readers import write_problems
 from minigpt5.data.types import Split
-from minigpt5.hardware import Hardware, Place, check_processes, choose_hardware, process_place
+from minigpt5.hardware import (
+    Hardware,
+    Place,
+    check_machines,
+    check_processes_here,
+    choose_hardware,
+    process_place,
+    started_by_slurm,
+)
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.prediction_run import describe_run, predict_samples
 from minigpt5.predictions import LEFT_OUT_FILE, PredictionStore, run_folder
@@ -53,7 +62,8 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     hardware = choose_hardware(config.training)
     # both fail before anything is loaded
     choose_strategy(config, hardware)
-    check_processes(hardware, config.training)
+    check_processes_here(hardware)
+    check_machines(hardware, config.training)
     resume = None if config.resume is None else find_checkpoint(config.resume, config.paths, "--resume")
     if resume is not None:
         _check_resumable(resume, config)
@@ -180,7 +190,7 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
     monitors: list[Callback] = [LearningRateMonitor("step")] if loggers else []
     try:
         return Trainer(
-            default_root_dir=checkpoint_folder(config),
+            default_root_dir=folder,
             accelerator="gpu" if hardware.gpus else "cpu",
             devices=list(hardware.gpus) or hardware.cpu_processes,
             num_nodes=training.num_nodes,
@@ -194,6 +204,8 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
             log_every_n_steps=LOG_EVERY_STEPS,
             # The data module's samplers share the samples already.
             use_distributed_sampler=False,
+            # A requeued job would go on from a file of Lightning's own, unasked and past all checks of --resume.
+            plugins=[SLURMEnvironment(auto_requeue=False)] if started_by_slurm() else None,
             logger=loggers or False,
             enable_model_summary=False,
             callbacks=[TQDMProgressBar(LOG_EVERY_STEPS), samples, *monitors, *callbacks],
@@ -253,6 +265,7 @@ def predict(config: RunConfig) -> Path:
     hardware = choose_hardware(config.training)
     folder = run_folder(config.paths.outputs, config.test_weight, config.paths.output_suffix)
     place = process_place()
+    check_processes_here(hardware)
     if place.world > 1 or len(hardware.gpus) <= 1:
         _predict_share(place, config, hardware, folder)
         return folder
@@ -284,7 +297,7 @@ def _predict_share(place: Place, config: RunConfig, hardware: Hardware, folder: 
     store = PredictionStore(folder, run, place.rank)
     if place.rank == 0:
         write_problems(index.problems, folder / LEFT_OUT_FILE)
-    samples = [index[number] for number in range(place.rank, len(index), place.world)]
+    samples = {number: index[number] for number in range(place.rank, len(index), place.world)}
     predict_samples(model, samples, store, config.generation, dataset)
 
 

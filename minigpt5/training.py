@@ -9,6 +9,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
+from minigpt4.errors import InputError
 from minigpt4.weights import raise_for_keys
 from minigpt5.checkpoint import FORMAT_KEY, check_stage1, checkpoint_mark, trainable_state
 from minigpt5.config import TrainingConfig
@@ -108,7 +109,7 @@ class TrainingModule(LightningModule):
         """Put a checkpoint's trainable weights back (``--resume``); the frozen ones are in place already.
 
         Raises:
-            InputError: other weights are trainable in this run than in the checkpoint's.
+            InputError: other weights are trainable in this run than in the checkpoint's, or of another size.
         """
         trainable = trainable_state(self.model)
         missing, unexpected = (
@@ -116,6 +117,13 @@ class TrainingModule(LightningModule):
             sorted(state_dict.keys() - trainable.keys()),
         )
         raise_for_keys("--resume", "this run's training state", missing, unexpected)
+        wrong = [
+            f"{name} {tuple(state_dict[name].shape)} (now {tuple(value.shape)})"
+            for name, value in trainable.items()
+            if state_dict[name].shape != value.shape
+        ]
+        if wrong:
+            raise InputError(f"--resume: made with other settings of the model: {', '.join(wrong[:4])}")
         with torch.no_grad():
             for name, value in trainable.items():
                 value.copy_(state_dict[name])

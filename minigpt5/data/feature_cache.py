@@ -114,7 +114,8 @@ def load_feature(path: Path) -> torch.Tensor:
         else:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise InputError(f"{path}: not a feature file ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a feature file ({reason}); prepare it again") from None
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{path}: one tensor wanted, found {type(value).__name__}")
     return value

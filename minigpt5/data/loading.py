@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from minigpt4.errors import InputError
 from minigpt5.data.encode import Encoder
 from minigpt5.data.types import EncodedSample, Sample, SampleIndex
 
@@ -145,15 +146,39 @@ class ResumableLoader(DataLoader[EncodedSample]):
             self._handed_out += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches handed out."""
-        return {"epoch": self._epoch_sampler.epoch, "batches": self._handed_out}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches handed out, and what their order depends on."""
+        return {"epoch": self._epoch_sampler.epoch, "batches": self._handed_out, "order": self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration of that epoch begin behind the batches already handed out."""
-        self._resume = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration of that epoch begin behind the batches already handed out.
+
+        Raises:
+            InputError: the run's samples come in another order than those of the run that was saved.
+        """
+        now, then = self._order(), state.get("order", {})
+        changed = [
+            f"{name} {then[name]} (now {value})" for name, value in now.items() if then.get(name, value) != value
+        ]
+        if changed:
+            raise InputError(
+                f"--resume: the run it goes on with took its samples in another order: {', '.join(changed)}; give "
+                "the data, batch size, devices and seed that it was started with"
+            )
+        self._resume = {"epoch": state["epoch"], "batches": state["batches"]}
         self._epoch_sampler.set_epoch(state["epoch"])
         self._handed_out = state["batches"]
+
+    def _order(self) -> dict[str, int | bool]:
+        sampler, batch_size = self._epoch_sampler, self.batch_size
+        assert batch_size is not None
+        return {
+            "samples": len(self.dataset),  # type: ignore[arg-type]
+            "batch size": batch_size,
+            "processes": sampler.num_replicas,
+            "seed": sampler.seed,
+            "bucketed by length": sampler.lengths is not None,
+        }
 
     def _take_resume(self) -> int:
         state, self._resume = self._resume, None

@@ -61,6 +61,20 @@ def test_resumed_run_ends_with_the_same_weights(quick_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_cannot_be_gone_on_with_exactly_is_refused(quick_config, tmp_path):
+    with pytest.raises(Killed):
+        train(quick_config(paths__checkpoints=tmp_path), [KillBefore(2)])
+    last = tmp_path / "model-last.ckpt"
+    changes = {
+        "training__batch_size": (1, r"--resume: .* another order: batch size 2 \(now 1\)"),
+        "model__vokens__count": (4, r"--resume: made with other settings of the model: .* \(now "),
+    }
+    for key, (value, problem) in changes.items():
+        with pytest.raises(InputError, match=problem):
+            train(quick_config(paths__checkpoints=tmp_path, resume=last, **{key: value}))
+
+
+@pytest.mark.slow
 def test_resume_of_stage_2_repeats_adapter_dropout_and_accumulation(quick_config, tmp_path, stage1_checkpoint):
     settings = {
         "stage": "multimodal",

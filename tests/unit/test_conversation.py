@@ -33,6 +33,33 @@ def test_generated_pictures_are_seen_later():
     assert len(prompt.images) == prompt.text.count("<ImageHere>") == 2
 
 
+def test_the_oldest_turns_are_left_out_until_a_prompt_fits():
+    chat = Conversation("S.")
+    for number in range(3):
+        chat.ask(f"question {number}", [PICTURE])
+        chat.answer(Reply("x", (f"answer {number}",), "", ()))
+    whole = chat.ask("now", fits=lambda prompt: len(prompt.text) < 1000)
+    assert whole == chat.prompt()
+    chat.take_back()
+    shorter = chat.ask("now", fits=lambda prompt: len(prompt.text) < len(whole.text))
+    assert "question 0" not in shorter.text and "answer 0" not in shorter.text
+    assert shorter.text.startswith("S.###Human: <Img><ImageHere></Img>question 1 ")
+    assert shorter.text.endswith("###Human: now ###Assistant:")
+    assert len(shorter.images) == shorter.text.count("<ImageHere>") == 2
+    assert len(chat.turns) == 7
+
+
+def test_a_question_that_fits_nowhere_is_refused_and_forgotten():
+    chat = Conversation("S.")
+    chat.ask("hello")
+    chat.answer(Reply("x", ("hi",), "", ()))
+    with pytest.raises(ValueError, match="longer than the model can read"):
+        chat.ask("far too long", fits=lambda prompt: "far" not in prompt.text)
+    assert [turn.text for turn in chat.turns] == ["hello ", "hi\n"]
+    chat.take_back()
+    assert len(chat.turns) == 2
+
+
 @pytest.mark.parametrize("mark", ["<ImageHere>", "<Img><ImageHere>", "<Img><ImageHere></Img>"])
 def test_every_way_to_mark_a_picture_ends_whole(mark):
     assert mark_pictures(f"a {mark} b") == f"a {prompts.PICTURE} b"

@@ -1,5 +1,7 @@
 """The prediction store survives a kill, refuses another run, and reads back what was written."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -43,6 +45,29 @@ def test_reopening_knows_what_is_done_and_drops_a_torn_line(tmp_path):
     assert reopened.done == {"a"}
     reopened.append(prediction("b"))
     assert [entry.id for entry in read_predictions(tmp_path)] == ["a", "b"]
+
+
+def test_a_line_torn_within_a_letter_is_dropped_like_any_other(tmp_path):
+    for rank in range(2):
+        PredictionStore(tmp_path, {}, rank).append(prediction(f"from-{rank}"))
+    torn = tmp_path / "predictions.rank1.jsonl"
+    content = torn.read_bytes()
+    torn.write_bytes(content + content[: content.index("é".encode()) + 1])
+    assert [entry.id for entry in read_predictions(tmp_path)] == ["from-0", "from-1"]
+    assert PredictionStore(tmp_path, {}).done == {"from-0", "from-1"}
+    torn.write_bytes(content + b"\xff\n")
+    with pytest.raises(InputError, match=r"rank1\.jsonl:2: not a prediction"):
+        read_predictions(tmp_path)
+
+
+def test_predictions_come_in_the_test_files_order_however_many_processes_replied(tmp_path):
+    for rank in range(3):
+        store = PredictionStore(tmp_path, {}, rank)
+        for place in range(rank, 8, 3):
+            store.append(replace(prediction(f"sample-{place}"), place=place))
+    PredictionStore(tmp_path, {}).append(prediction("of an older version"))
+    names = [f"sample-{place}" for place in range(8)]
+    assert [entry.id for entry in read_predictions(tmp_path)] == [*names, "of an older version"]
 
 
 def test_another_run_is_refused_and_nothing_is_lost(tmp_path):

@@ -1,11 +1,13 @@
+from pathlib import Path
+
 import pytest
 
 from minigpt4.errors import InputError
 from minigpt5.callbacks import plain_name, publish_checkpoint
-from minigpt5.config import TrainingConfig
-from minigpt5.hardware import Place, check_processes, choose_hardware, process_place
+from minigpt5.config import PROJECT_ROOT, TrainingConfig, load_config
+from minigpt5.hardware import Place, check_machines, check_processes_here, choose_hardware, process_place
 from minigpt5.preflight import is_local
-from minigpt5.runs import StepPlan, build_loggers, plan_steps
+from minigpt5.runs import StepPlan, build_loggers, build_trainer, plan_steps, predict
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,24 @@ def test_publishing_a_checkpoint_under_its_own_name_changes_nothing(tmp_path):
     path.write_text("best")
     publish_checkpoint(path, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_checkpoints_own_name_may_be_relative_or_lead_over_a_link(tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "name.ckpt").write_text("best")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for target in (Path("weights/name.ckpt"), Path("link/name.ckpt")):
+        publish_checkpoint(folder / "name.ckpt", target)
+        assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("name.ckpt", "best")]
+
+
+def test_nothing_is_moved_away_for_a_checkpoint_that_is_gone(tmp_path):
+    (tmp_path / "name.ckpt").write_text("downloaded")
+    with pytest.raises(FileNotFoundError):
+        publish_checkpoint(tmp_path / "gone.ckpt", tmp_path / "name.ckpt")
+    assert (tmp_path / "name.ckpt").read_text() == "downloaded"
 
 
 @pytest.mark.parametrize(
@@ -181,12 +201,43 @@ def test_processes_that_were_started_must_be_the_runs_devices(
     for name, value in started.items():
         monkeypatch.setenv(name, str(value))
     training = TrainingConfig(devices=devices, num_nodes=nodes)
+    hardware = choose_hardware(training)
     if problem is None:
-        check_processes(choose_hardware(training), training)
-        assert choose_hardware(training).device_count == processes
+        check_processes_here(hardware)
+        check_machines(hardware, training)
+        assert hardware.device_count == processes
     else:
         with pytest.raises(InputError, match=problem):
-            check_processes(choose_hardware(training), training)
+            check_processes_here(hardware)
+            check_machines(hardware, training)
+
+
+def test_processes_that_predict_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    for name, value in {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    flags = {"data.folder": "datasets/CC3M", "data.test": "cc3m_val.tsv", "test_weight": "stage1_cc3m.ckpt"}
+    config = load_config(PROJECT_ROOT / "config" / "tiny.yaml", {**flags, "training.devices": [0]}, {})
+    monkeypatch.chdir(PROJECT_ROOT)
+    with pytest.raises(InputError, match="8 processes were started on this machine, but the run uses 1 of"):
+        predict(config)
+
+
+def test_a_job_of_slurm_goes_on_only_when_asked_to(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (SLURM | {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NTASKS_PER_NODE": "1"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # what Lightning writes when a job is about to be requeued
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    config = load_config(
+        PROJECT_ROOT / "config" / "tiny.yaml", {"paths.checkpoints": tmp_path, "training.loggers": []}, {}
+    )
+    trainer = build_trainer(config, choose_hardware(config.training), StepPlan(1, 1, 1), [])
+    assert trainer._accelerator_connector.cluster_environment.auto_requeue is False
+    assert trainer._checkpoint_connector._hpc_resume_path is None
 
 
 def test_cards_without_bfloat16_train_in_float16(monkeypatch):

@@ -36,7 +36,8 @@ def write_features(config: RunConfig, table: Path, out: Path, *, batch_size: int
         Number of pictures encoded now.
 
     Raises:
-        InputError: no Stable Diffusion weights, or the folder holds features of another transform.
+        InputError: no Stable Diffusion weights, the folder holds features of another transform, or two pictures
+            would have the same file.
     """
     diffusion = config.model.diffusion
     if diffusion.weights is None:
@@ -52,8 +53,11 @@ def write_features(config: RunConfig, table: Path, out: Path, *, batch_size: int
             moments_OCHW = vae.encode(pixels_O3HW.to(device)).latent_dist.parameters
         for (_, path), moments in zip(group, moments_OCHW.bfloat16().cpu(), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Cloned, as torch.save would write the whole batch's storage for each of its rows.
-            torch.save(moments.clone(), path)
+            # A kill while writing must not leave half a file. Cloned, as torch.save would write the whole batch's
+            # storage for each of its rows.
+            partial = path.with_suffix(".partial")
+            torch.save(moments.clone(), partial)
+            partial.replace(path)
         logger.info("%d of %d pictures encoded", start + len(group), len(todo))
     return len(todo)
 
@@ -82,12 +86,18 @@ def _pictures(config: RunConfig, table: Path, out: Path) -> list[tuple[Path, Pat
     pictures = list(dict.fromkeys(index[number].output_images[0] for number in range(len(index))))
     faults = PictureChecker(config.data.check_images).check(pictures)
     problems = [*index.problems, *(Problem(str(picture), reason) for picture, reason in faults.items())]
-    found: list[tuple[Path, Path]] = []
+    found: dict[Path, Path] = {}
     for picture in pictures:
         split = split_of(picture)
         if split is None:
             problems.append(Problem(str(picture), "no folder of its path begins with train or val"))
         elif picture not in faults:
-            found.append((picture, feature_path(out, split, "output", picture)))
+            path = feature_path(out, split, "output", picture)
+            if path in found:
+                raise InputError(
+                    f"{picture}: would have the same feature file as {found[path]}, which the published layout "
+                    "names by the picture's file name; rename one, or train without features"
+                )
+            found[path] = picture
     report_problems(config.data.folder / table, len(found), problems)
-    return [(picture, path) for picture, path in found if not path.is_file()]
+    return [(picture, path) for path, picture in found.items() if not path.is_file()]

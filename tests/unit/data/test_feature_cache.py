@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from minigpt4.errors import InputError
 from minigpt5.config import validate_config
-from minigpt5.data.feature_cache import MANIFEST, FeatureFolder, split_of
+from minigpt5.data.feature_cache import MANIFEST, FeatureFolder, load_feature, split_of
 from minigpt5.data.module import DataModule
 from minigpt5.data.prepare.features import write_features
 from minigpt5.data.types import Split
@@ -132,6 +133,39 @@ def test_written_features_replace_pictures_in_the_batch(config, tmp_path, tokeni
             expected = vae.encode(pixels[None]).latent_dist.parameters[0]
         torch.testing.assert_close(moments.float(), expected, rtol=1e-2, atol=1e-2)
     assert all(path.stat().st_size < 5000 for path in out.rglob("*.pt"))
+
+
+def test_pictures_of_the_same_name_are_not_given_one_feature_file(config):
+    folder = config.data.folder
+    for name in ("a", "b"):
+        (folder / "train" / name).mkdir()
+        shutil.copy(folder / "train/00000.jpg", folder / "train" / name / "1.jpg")
+    (folder / "twice.tsv").write_text("caption\timage_path\n" + "a dog\ttrain/a/1.jpg\na cat\ttrain/b/1.jpg\n")
+    with pytest.raises(InputError, match=r"train/b/1\.jpg: would have the same feature file as .*train/a/1\.jpg"):
+        write_features(config, Path("twice.tsv"), config.data.feature_folder, batch_size=2, device="cpu")
+    assert not list(config.data.feature_folder.rglob("*.pt"))
+
+
+def test_a_kill_while_writing_leaves_no_half_feature(config, monkeypatch):
+    out = config.data.feature_folder
+
+    def die(value, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_features(config, config.data.train, out, batch_size=2, device="cpu")
+    assert not list(out.rglob("*.pt"))
+    monkeypatch.setattr(torch, "save", save)
+    assert write_features(config, config.data.train, out, batch_size=2, device="cpu") == 4
+
+
+def test_an_empty_feature_file_is_named(tmp_path):
+    (tmp_path / "x_output.pt").touch()
+    with pytest.raises(InputError, match=r"x_output\.pt: not a feature file"):
+        load_feature(tmp_path / "x_output.pt")
 
 
 def test_test_samples_and_other_data_sets_use_pictures(config, tokenizer, vokens):

@@ -10,6 +10,7 @@ import torch
 from data_helpers import VOKENS, make_cc3m
 from torch.utils.data import DataLoader
 
+from minigpt4.errors import InputError
 from minigpt5.config import DataConfig
 from minigpt5.data.collate import collate
 from minigpt5.data.encode import Encoder
@@ -210,6 +211,29 @@ def test_a_bucketed_epoch_that_does_not_divide_is_filled_up_and_its_partial_batc
     assert len(numbers) == 12 and set(numbers) == set(range(11))
     (*full, last) = batches_of(lengths=lengths)
     assert [len(batch) for batch in full] == [2] * 5 and len(last) == 1
+
+
+def test_a_loader_that_would_go_on_in_another_order_is_refused(dataset):
+    saved = make_loader(dataset)
+    next(iter(saved))
+    state = saved.state_dict()
+    others = {
+        "processes 1 (now 2)": make_loader(dataset, num_processes=2, rank=0),
+        "bucketed by length False (now True)": make_loader(dataset, lengths=np.ones(len(dataset))),
+        "batch size 2 (now 3)": ResumableLoader(dataset, sampler=saved.sampler, batch_size=3),
+        "seed 3 (now 4)": ResumableLoader(
+            dataset, sampler=EpochSampler(dataset, seed=4, shuffle=True), batch_size=2
+        ),
+        f"samples {len(dataset)} (now 5)": ResumableLoader(
+            range(5), sampler=EpochSampler(range(5), seed=3, shuffle=True), batch_size=2
+        ),
+    }
+    for change, loader in others.items():
+        with pytest.raises(InputError, match="--resume: the run .* took its samples in another order") as error:
+            loader.load_state_dict(state)
+        assert change in str(error.value)
+    older = {key: value for key, value in state.items() if key != "order"}
+    make_loader(dataset).load_state_dict(older)
 
 
 def test_a_bucketed_loader_goes_on_where_it_was_left(dataset):

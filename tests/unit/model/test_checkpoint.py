@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minigpt4.errors import InputError
 from minigpt4.weights import read_state
@@ -63,6 +63,20 @@ def test_frozen_rows_are_left_out_where_the_language_model_has_them(tmp_path):
     convert(
         tmp_path / "small", tmp_path / "x.ckpt", to="published", new_tokens=9, language_model=FIXTURE / "llama"
     )
+    before, after = read_state(FIXTURE / "stage1.ckpt"), read_state(tmp_path / "x.ckpt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_rows_that_only_fill_up_the_language_models_matrices_are_not_published(tmp_path):
+    llama = tmp_path / "llama"
+    shutil.copytree(FIXTURE / "llama", llama)
+    (file,) = llama.glob("*.safetensors")
+    tensors = load_file(file)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = torch.cat([tensors[key], torch.zeros_like(tensors[key][:3])])
+    save_file(tensors, file, {"format": "pt"})
+    convert(FIXTURE / "stage1.ckpt", tmp_path / "small", to="ours", new_tokens=9, language_model=FIXTURE / "llama")
+    convert(tmp_path / "small", tmp_path / "x.ckpt", to="published", new_tokens=9, language_model=llama)
     before, after = read_state(FIXTURE / "stage1.ckpt"), read_state(tmp_path / "x.ckpt")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

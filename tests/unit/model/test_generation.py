@@ -111,6 +111,16 @@ def test_reply_ends_at_the_stop_string(model, monkeypatch):
     assert reply.raw_text.endswith("###")
 
 
+def test_a_prompt_fits_as_long_as_its_end_is_read(model, monkeypatch):
+    short = Prompt("x", "a dog runs")
+    picture = Prompt("x", "a dog runs <Img><ImageHere></Img>", (Image.new("RGB", (8, 8)),))
+    monkeypatch.setattr(model.tokenizer, "max_length", len(model.tokenizer.encode(short.text)))
+    assert model.fits(short)
+    assert not model.fits(Prompt("x", "a dog runs ."))
+    with pytest.raises(InputError, match=r"prompt x: the tokenizer's limit of \d+ tokens .* cuts off a picture"):
+        model.generate([picture], SETTINGS)
+
+
 def test_placeholders_and_pictures_must_agree(model):
     with pytest.raises(InputError, match="1 <ImageHere> placeholders but 0 pictures"):
         model.generate([Prompt("x", "look <Img><ImageHere></Img>")], SETTINGS)
