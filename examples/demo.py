@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
 CAPTIONS, OTHERS, VALIDATION = 6000, 800, 64
 """Training records of stage 1 and of each data set of stage 2; held-out records of each."""
-STAGE1_EPOCHS, STAGE2_STEPS = 5, 600
+STAGE1_EPOCHS, STORY_STEPS, DIALOGUE_EPOCHS = 5, 600, 2
 OF_OTHER_RUNS = ("OUTPUT_SUFFIX", "PREPROCESS_FEATURE_FOLDER")
 """Variables that, set by the user for other runs, would lead these elsewhere."""
 AT_ONCE = 2
@@ -91,18 +91,20 @@ SLOWLY = ("--learning_rate", "3e-4", "--set", "loss.text_weight=0.1")
 """The diffusion loss, which alone trains stage 2's mapper, would soon spoil what captions taught it.
 At so low a rate the language loss wants ten times its weight.
 """
-STAGE2 = ("--max_steps", str(STAGE2_STEPS), *SLOWLY, *ONCE_AN_EPOCH)
+STORIES = ("--max_steps", str(STORY_STEPS), *SLOWLY, *ONCE_AN_EPOCH)
+"""Less than an epoch."""
+DIALOGUES = ("--num_train_epochs", str(DIALOGUE_EPOCHS), *SLOWLY, *ONCE_AN_EPOCH)
 STORY_TASKS = ("--set", "data.tasks=[generation, multimodal, understanding]")
 JOBS = (
     Job("stage1_cc3m", "CC3M", "cc3m_train.tsv", "cc3m_val.tsv", "cc3m_val.tsv", STAGE1),
-    Job("stage2_vist", "VIST", "train_cleaned.json", "val_cleaned.json", "val_cleaned.json", STAGE2, STORY_TASKS),
+    Job("stage2_vist", "VIST", "train_cleaned.json", "val_cleaned.json", "val_cleaned.json", STORIES, STORY_TASKS),
     Job(
         "stage2_mmdialog",
         "MMDialog",
         "train/train_conversations.txt",
         "validation/validation_conversations.txt",
         "test/test_conversations.txt",
-        STAGE2,
+        DIALOGUES,
     ),
 )
 

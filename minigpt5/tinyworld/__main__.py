@@ -185,7 +185,7 @@ def _score(options: argparse.Namespace) -> int:
 
         write_overview(options.page, options.folders)
     if missed:
-        print(f"floors not met: {'; '.join(missed)}", file=sys.stderr)
+        print(f"floors not met or not measured: {'; '.join(missed)}", file=sys.stderr)
     return FLOORS_NOT_MET if missed and options.check else 0
 
 

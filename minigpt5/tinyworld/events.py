@@ -1,6 +1,7 @@
 """What can happen to a scene: one attribute changes, another thing comes or goes; the rest stays as it is."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -17,6 +18,7 @@ from minigpt5.tinyworld.scenes import (
     POSITIONS,
     SIZES,
     Scene,
+    Thing,
     apart,
     belongs,
     random_second,
@@ -115,20 +117,47 @@ def fits(text: str, scene: Scene, before: Scene | None = None) -> bool:
     Everything it names must be true of one thing and of the background. A thing that leaves must be gone, and must
     have been there ``before``. A sentence that names nothing does not fit.
     """
+    said, background = _said(text)
+    if background not in (None, scene.background):
+        return False
+    is_there = _any_is(scene.things, said)
+    if _tells_that_something_leaves(text):
+        return bool(said) and not is_there and before is not None and _any_is(before.things, said)
+    return is_there and bool(said or background)
+
+
+def tells_news(text: str, scene: Scene, before: Scene) -> bool:
+    """Whether a story's sentence fits a picture of ``scene`` and tells something that was not so ``before``.
+
+    That is a new background, a thing that leaves, or a new or changed thing of which the sentence was not true.
+    """
+    if not fits(text, scene, before):
+        return False
+    said, background = _said(text)
+    new = [thing for thing in scene.things if thing not in before.things]
+    gone = [thing for thing in before.things if thing not in scene.things]
+    return (
+        _tells_that_something_leaves(text)
+        or (background is not None and background != before.background)
+        or (bool(said) and _any_is(new, said) and not _any_is(gone, said))
+    )
+
+
+def _said(text: str) -> tuple[dict[str, str], str | None]:
+    """Return what a sentence says of a thing, attribute → value, and of the background."""
     said = dict(read_attributes(text))
     said |= dict(value for words, value in _MEANS.items() if words in text.lower())
     if moved := re.search(rf"\bto the ({'|'.join(sorted(POSITIONS, key=len, reverse=True))})\b", text.lower()):
         said["position"] = moved[1]
-    background = said.pop("background", None)
-    if background not in (None, scene.background):
-        return False
+    return said, said.pop("background", None)
 
-    def holds(shown: Scene) -> bool:
-        return any(all(getattr(thing, name) == value for name, value in said.items()) for thing in shown.things)
 
-    if any(words in text.lower() for words in _LEAVES):
-        return bool(said) and not holds(scene) and before is not None and holds(before)
-    return holds(scene) and bool(said or background)
+def _any_is(things: Sequence[Thing], said: Mapping[str, str]) -> bool:
+    return any(all(getattr(thing, name) == value for name, value in said.items()) for thing in things)
+
+
+def _tells_that_something_leaves(text: str) -> bool:
+    return any(words in text.lower() for words in _LEAVES)
 
 
 def _is_drawable(scene: Scene) -> bool:

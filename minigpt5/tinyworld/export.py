@@ -55,7 +55,7 @@ def save_vision(encoder: VisionEncoder, path: Path) -> None:
         state[key.replace(f"blocks.{last}.", f"blocks.{last + 1}.")] = torch.zeros_like(state[key])
     state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     state |= {"head.weight": torch.zeros(1, width), "head.bias": torch.zeros(1)}
-    torch.save({key: tensor.detach().half().clone() for key, tensor in state.items()}, path)
+    _save({key: tensor.detach().half().clone() for key, tensor in state.items()}, path)
 
 
 def save_qformer(qformer: QFormer, ln_vision: nn.LayerNorm, path: Path) -> None:
@@ -65,13 +65,20 @@ def save_qformer(qformer: QFormer, ln_vision: nn.LayerNorm, path: Path) -> None:
         name = key.replace("layernorm.", "embeddings.LayerNorm.", 1) if key.startswith("layernorm.") else key
         state[f"Qformer.bert.{name.replace('attention.attention.', 'attention.self.')}"] = tensor
     state |= {"ln_vision.weight": ln_vision.weight.data, "ln_vision.bias": ln_vision.bias.data}
-    torch.save({"model": {key: tensor.detach().half().clone() for key, tensor in state.items()}}, path)
+    _save({"model": {key: tensor.detach().half().clone() for key, tensor in state.items()}}, path)
 
 
 def save_projection(projection: nn.Linear, path: Path) -> None:
     """Write MiniGPT-4's projection as its checkpoint has it."""
     state = {f"llama_proj.{key}": tensor.detach().clone() for key, tensor in projection.state_dict().items()}
-    torch.save({"model": state}, path)
+    _save({"model": state}, path)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Write a file whole or not at all: others may be reading it, and a killed run goes on from it."""
+    temporary = path.with_suffix(".new")
+    torch.save(content, temporary)
+    temporary.replace(path)
 
 
 def save_language_model(model: LlamaForCausalLM, folder: Path) -> None:

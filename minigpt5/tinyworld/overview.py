@@ -114,6 +114,8 @@ def _section(section: Section, page: Path) -> str:
 
 def _share(share: Share) -> str:
     mark, verdict = "", ""
+    if not share.total:
+        return f'<div class="share"><span>{escape(MEANINGS[share.name])}</span><i>nothing to measure</i></div>'
     if share.floor is not None:
         mark = f'<b style="left:{share.floor:.1%}"></b>'
         kind, word = ("met", "reached") if share.met else ("missed", "not reached")

@@ -3,6 +3,7 @@
 Wanted pictures are renders, on which the recogniser is exact; so a folder of predictions needs nothing beside it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from PIL import Image
 from minigpt4.errors import InputError
 from minigpt5.data.types import Task
 from minigpt5.predictions import Prediction, read_predictions
-from minigpt5.tinyworld.events import fits
+from minigpt5.tinyworld.events import fits, tells_news
 from minigpt5.tinyworld.recogniser import Agreement, compare, recognise
+from minigpt5.tinyworld.scenes import MOST_THINGS
 
-_STEP = re.compile(r"_(\d+)-gen$")
-"""In the id of a story's task: which picture of it is wanted."""
+_STEP = re.compile(r"(.+)_(\d+)-\w+")
+"""The id of a story's task: which story, and which step of it."""
 FLOORS: dict[str, dict[str, float]] = {
     "cc3m": {"shape_and_colour": 0.90},
     "vist": {"all_attributes": 0.75, "text_consistent": 0.85},
@@ -27,11 +29,13 @@ FLOORS: dict[str, dict[str, float]] = {
 MEANINGS = {
     "shape_and_colour": "wanted thing: shape and colour",
     "all_attributes": "wanted thing: all five attributes",
+    "whole_picture": "wanted picture: all of it and nothing else",
     "size": "wanted thing: size",
     "position": "wanted thing: position",
     "background": "wanted thing: background",
     "both_things": "wanted picture of two things: both, background aside",
     "text_consistent": "sentence agrees with its picture",
+    "text_news": "sentence tells what is new in its picture",
     "modality": "picture where one was wanted, none where none was",
 }
 
@@ -47,8 +51,8 @@ class Share:
 
     @property
     def value(self) -> float:
-        """Return the share of right predictions."""
-        return self.right / self.total
+        """Return the share of right predictions; no number if there was nothing to measure."""
+        return self.right / self.total if self.total else math.nan
 
     @property
     def met(self) -> bool:
@@ -57,6 +61,8 @@ class Share:
 
     def __str__(self) -> str:
         verdict = "" if self.floor is None else f"   floor {self.floor:4.0%}   {'met' if self.met else 'NOT MET'}"
+        if not self.total:
+            return f"{MEANINGS[self.name]:52} nothing to measure it on   floor {self.floor:4.0%}"
         return f"{MEANINGS[self.name]:52} {self.value:7.1%}   {self.right:4} of {self.total:4}{verdict}"
 
 
@@ -86,14 +92,14 @@ def score_folder(folder: Path) -> list[Share]:
     }
     for name in ("size", "position", "background"):
         found[name] = [one is not None and getattr(one, name) for one in things]
-    found["both_things"] = _both_things(folder, predictions)
-    found["text_consistent"] = [
-        fits(one.text, *map(recognise, pictures))
-        for one in predictions
-        if (pictures := _told_pictures(folder, one))
-    ]
+    found |= _whole_pictures(folder, predictions)
+    found |= _sentences(folder, predictions)
     found["modality"] = [bool(one.images) == one.wants_image for one in predictions]
-    return [Share(name, sum(right), len(right), floors.get(name)) for name, right in found.items() if right]
+    return [
+        Share(name, sum(found[name]), len(found[name]), floors.get(name))
+        for name in MEANINGS
+        if found[name] or name in floors
+    ]
 
 
 def is_determined(prediction: Prediction) -> bool:
@@ -104,13 +110,13 @@ def is_determined(prediction: Prediction) -> bool:
     """
     if prediction.dataset != "vist":
         return prediction.wants_image
-    step = _STEP.search(prediction.id)
-    return prediction.task == Task.GENERATION and step is not None and int(step[1]) > 0
+    return prediction.task == Task.GENERATION and _story_step(prediction)[1] > 0
 
 
-def measure_folder(folder: Path) -> dict[str, float]:
-    """Return name → share of the predictions of a folder: :func:`score_folder` without counts and floors."""
-    return {share.name: share.value for share in score_folder(folder)}
+def _story_step(prediction: Prediction) -> tuple[str, int]:
+    """Return story and step of a story's task; step 0 where the id does not say."""
+    step = _STEP.fullmatch(prediction.id)
+    return (step[1], int(step[2])) if step else (prediction.id, 0)
 
 
 def _agreements(folder: Path, prediction: Prediction) -> list[Agreement | None]:
@@ -122,28 +128,54 @@ def _agreements(folder: Path, prediction: Prediction) -> list[Agreement | None]:
     return [compare(replace(wanted, things=(thing,)), made) for thing in wanted.things]
 
 
-def _both_things(folder: Path, predictions: Sequence[Prediction]) -> list[bool]:
-    right = []
-    for prediction in predictions:
-        if not is_determined(prediction):
-            continue
+def _whole_pictures(folder: Path, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
+    """Return of each wanted picture whether it was made whole, and of those of two things whether both are there.
+
+    A thing too many is wrong in the one, a background in the other too.
+    """
+    whole, both = [], []
+    for prediction in filter(is_determined, predictions):
         wanted = recognise(_open(folder, prediction.target_images[0]))
-        if len(wanted.things) == 2:
-            made = recognise(_open(folder, prediction.images[0])) if prediction.images else None
-            right.append(made is not None and set(made.things) == set(wanted.things))
-    return right
+        made = recognise(_open(folder, prediction.images[0])) if prediction.images else None
+        has_things = made is not None and set(made.things) == set(wanted.things)
+        whole.append(has_things and made is not None and made.background == wanted.background)
+        if len(wanted.things) == MOST_THINGS:
+            both.append(has_things)
+    return {"whole_picture": whole, "both_things": both}
 
 
-def _told_pictures(folder: Path, prediction: Prediction) -> list[Image.Image]:
-    """Return the picture that a story's sentence goes with, shown or made along with it, and the one before it."""
-    if prediction.dataset != "vist":
-        return []
-    shown = list(prediction.input_images)
+def _sentences(folder: Path, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
+    """Return of each of a story's sentences whether it agrees with its picture, and whether it tells what is new.
+
+    The picture is the shown one or the one made along with it. The one before is the story's, whether the prompt
+    holds it (``data.context``) or not.
+    """
+    stories = [one for one in predictions if one.dataset == "vist"]
+    told = {_story_step(one): one.target_images[0] for one in stories if one.wants_image}
+    agrees, news = [], []
+    for prediction in stories:
+        pictures = _told_picture(prediction)
+        if pictures is None:
+            continue
+        name, shown = pictures
+        story, step = _story_step(prediction)
+        earlier = told.get((story, step - 1), shown[-1] if shown else None)
+        scene = recognise(_open(folder, name))
+        before = recognise(_open(folder, earlier)) if earlier else None
+        agrees.append(fits(prediction.text, scene, before))
+        if before is not None:
+            news.append(tells_news(prediction.text, scene, before))
+    return {"text_consistent": agrees, "text_news": news}
+
+
+def _told_picture(prediction: Prediction) -> tuple[str, tuple[str, ...]] | None:
+    """Return the picture that a story's sentence goes with, and those shown before it; None if there is none."""
+    shown = prediction.input_images
+    if prediction.task == Task.UNDERSTANDING and shown:
+        return shown[-1], shown[:-1]
     if prediction.task == Task.MULTIMODAL and prediction.images:
-        shown.append(prediction.images[0])
-    elif prediction.task != Task.UNDERSTANDING:
-        return []
-    return [_open(folder, name) for name in reversed(shown[-2:])]
+        return prediction.images[0], shown
+    return None
 
 
 def _open(folder: Path, name: str) -> Image.Image:

@@ -51,7 +51,7 @@ class Comparison:
 
 
 _PICTURE = ("shape_and_colour", "all_attributes")
-_STORY = ("all_attributes", "shape_and_colour", "text_consistent", "modality")
+_STORY = ("all_attributes", "shape_and_colour", "whole_picture", "text_consistent", "text_news", "modality")
 _SCALES = (1.0, 2.0, 3.0, 5.0, 7.5)
 
 
@@ -102,7 +102,7 @@ COMPARISONS: dict[str, Comparison] = {
             CAPTIONS,
             _PICTURE,
             (
-                Variant("with (1)", both={"loss.caption_weight": 1.0}),
+                Variant("with (5)", both={"loss.caption_weight": 5.0}),
                 Variant("with (0.1, as published)", both={"loss.caption_weight": 0.1}),
                 Variant("without", both={"loss.caption_weight": 0.0}),
             ),

@@ -21,8 +21,9 @@ from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, STORIES, Compar
 from minigpt5.tinyworld.stories import STORY_LENGTH
 
 TINY = PROJECT_ROOT / "config" / "tiny.yaml"
-FORMAT = 1
-"""Part of every key; raised when trainings or measures change in a way that no setting shows."""
+FORMAT = 2
+"""Part of every key and of the data's folder; raised when data, trainings or measures change in a way that no
+setting shows."""
 DATA_SEED = 0
 HELD_OUT_SEED = 1
 """Of the records that are measured on; validation while training sees others."""
@@ -89,7 +90,7 @@ class Plan:
     def data(self) -> Path:
         """Return the folder of the data of these sizes; ``train`` and ``held_out`` below it."""
         sizes = self.sizes
-        return self.folder / "data" / f"{sizes.captions}-{sizes.stories}-{sizes.held_out}"
+        return self.folder / "data" / f"{FORMAT}-{sizes.captions}-{sizes.stories}-{sizes.held_out}"
 
     @cached_property
     def foundations(self) -> dict[Stage, str]:

@@ -31,7 +31,7 @@ def store(folder, dataset, *replies):
         name = f"7_{number}-{'gen' if task == 'generation' else task}"
         prediction = Prediction(name, dataset, task, "", text, "")
         predictions.append(prediction, images=made, target_images=wanted, input_images=shown)
-    return {share.name: (share.right, share.total) for share in score_folder(folder)}
+    return {share.name: (share.right, share.total) for share in score_folder(folder) if share.total}
 
 
 def test_each_attribute_counts_for_itself_and_a_missing_picture_is_wrong_in_all(tmp_path):
@@ -48,6 +48,7 @@ def test_each_attribute_counts_for_itself_and_a_missing_picture_is_wrong_in_all(
         "size": (2, 4),
         "position": (3, 4),
         "background": (2, 4),
+        "whole_picture": (1, 4),
         "modality": (3, 4),
     }
 
@@ -58,6 +59,27 @@ def test_both_things_must_be_there_in_either_order(tmp_path):
     found = store(tmp_path, "cc3m", *(("caption", "", both, one, None) for one in made))
     assert found["both_things"] == (1, 3)
     assert found["all_attributes"] == (2 + 1, 6)
+
+
+def test_a_thing_too_many_or_another_background_is_not_the_whole_picture(tmp_path):
+    both, elsewhere = Scene((STAR, RING), "snow"), Scene((STAR,), "night")
+    found = store(tmp_path, "cc3m", *(("caption", "", WANTED, one, None) for one in (WANTED, both, elsewhere)))
+    assert found["whole_picture"] == (1, 3)
+    assert found["shape_and_colour"] == (3, 3)
+
+
+def test_to_show_the_picture_before_again_is_no_whole_picture(tmp_path):
+    """Of the wanted things most are often there already, but a story's next picture is another one."""
+    both = Scene((STAR, RING), "snow")
+    found = store(
+        tmp_path,
+        "vist",
+        ("generation", "", both, both, None),
+        ("generation", "", WANTED, both, None),  # one leaves
+        ("generation", "", both, WANTED, None),  # it comes again
+    )
+    assert found["all_attributes"] == (1 + 1, 1 + 2)
+    assert found["whole_picture"] == (0, 2)
 
 
 def test_the_thing_that_a_change_was_asked_of_counts_though_it_be_the_smaller(tmp_path):
@@ -77,8 +99,32 @@ def test_a_thing_can_leave_only_the_picture_that_it_was_in(tmp_path):
     predictions = PredictionStore(tmp_path, {})
     for reply in replies:
         predictions.append(reply, images=[], target_images=[], input_images=[picture(both), picture(WANTED)])
-    (share,) = [share for share in score_folder(tmp_path) if share.name == "text_consistent"]
-    assert (share.right, share.total) == (1, 2)
+    shares = {share.name: (share.right, share.total) for share in score_folder(tmp_path) if share.total}
+    assert shares["text_consistent"] == shares["text_news"] == (1, 2)
+
+
+def test_what_was_there_before_is_the_storys_also_where_the_prompt_keeps_it_back(tmp_path):
+    both = Scene((STAR, RING), "snow")
+    found = store(
+        tmp_path,
+        "vist",
+        ("generation", "", both, None, None),
+        ("understanding", "the blue ring leaves .", None, None, WANTED),
+        ("understanding", "the blue ring leaves .", None, None, WANTED),  # nothing tells what was before
+    )
+    assert found["text_consistent"] == (1, 2)
+    assert found["text_news"] == (1, 1)
+
+
+def test_a_true_sentence_that_tells_nothing_new_agrees_all_the_same(tmp_path):
+    found = store(
+        tmp_path,
+        "vist",
+        ("generation", "", Scene((STAR,), "snow"), None, None),
+        ("understanding", "now it is on the snow .", None, None, Scene((RING,), "snow")),
+    )
+    assert found["text_consistent"] == (1, 1)
+    assert found["text_news"] == (0, 1)
 
 
 def test_a_story_sentence_is_held_against_the_shown_or_the_made_picture(tmp_path):
@@ -124,7 +170,17 @@ def test_the_command_prints_each_share_and_can_fail_below_a_floor(tmp_path, caps
     assert main(["score", "--check", str(tmp_path / "good"), str(tmp_path / "bad")]) == 1
     printed = capsys.readouterr()
     assert "wanted thing: shape and colour" in printed.out
-    assert printed.err == f"floors not met: {tmp_path / 'bad'}: shape_and_colour\n"
+    assert printed.err == f"floors not met or not measured: {tmp_path / 'bad'}: shape_and_colour\n"
+
+
+def test_a_floor_that_nothing_was_measured_on_is_not_met(tmp_path, capsys):
+    store(tmp_path, "mmdialog", ("dialogue", "", None, None, None))
+    page = tmp_path / "page.html"
+    assert main(["score", "--check", str(tmp_path), "--page", str(page)]) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"wanted thing: all five attributes +nothing to measure it on +floor  80%", printed.out)
+    assert "not measured" in printed.err and "all_attributes" in printed.err
+    assert "nothing to measure" in page.read_text()
 
 
 def test_a_folder_without_predictions_is_refused(tmp_path):

@@ -1,10 +1,10 @@
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from minigpt5.tinyworld.captions import read_attributes
-from minigpt5.tinyworld.events import EVENT_KINDS, fits, random_event
+from minigpt5.tinyworld.events import EVENT_KINDS, fits, random_event, tells_news
 from minigpt5.tinyworld.scenes import Scene, Thing, belongs, random_scene, seeded
 from minigpt5.tinyworld.stories import STORY_LENGTH, make_story
 
@@ -84,11 +84,24 @@ def test_every_told_event_fits_the_picture_after_it_and_not_the_one_before():
         steps = make_story(0, "validation", index).steps
         for before, step in zip(steps, steps[1:], strict=False):
             assert fits(step.text, step.scene, before.scene), (step.text, step.scene)
+            assert tells_news(step.text, step.scene, before.scene), (step.text, step.scene)
             kinds[step.event] += 1
             # "it" may be either of two things.
             if len(before.scene.things) == 1:
                 assert not fits(step.text, before.scene, before.scene), (step.text, before.scene)
     assert set(kinds) == set(EVENT_KINDS)
+
+
+def test_what_was_so_before_is_no_news():
+    star, blue = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
+    before, moved = Scene((star, blue), "snow"), Scene((replace(star, position="left"), blue), "snow")
+    for text in ("now it is on the snow .", "it is big .", "it turns red .", "it turns blue ."):
+        assert fits(text, moved, before)
+        assert not tells_news(text, moved, before)
+    assert tells_news("it moves to the left .", moved, before)
+    # The star turns blue: that the ring was blue before takes nothing from it.
+    assert tells_news("it turns blue .", Scene((replace(star, colour="blue"), blue), "snow"), before)
+    assert not tells_news("it turns green .", moved, before)
 
 
 @pytest.mark.parametrize("text", ["", "look at this .", "it it it", "it turns .", "the goes away ."])
