@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     from minigpt5.metrics.report import format_value, possible, write_report
     from minigpt5.metrics.suites import score
 
-    scores = score(dataset, predictions, folder, config.metrics, paths.cc3m)
+    scores = score(dataset, predictions, folder, config.metrics, paths.cc3m or config.data.folder)
     for name, one in possible(scores.scores, scores).items():
         print(f"{name:36} {format_value(one.value):>9}   over {one.count} of {one.total} {one.unit}")
     for note in scores.notes:

@@ -193,8 +193,19 @@ def matches(key: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
-def resolve_source(source: str, flag: str) -> Path:
+COPIES = ["*.fp16.*", "*.non_ema.*", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.ot"]
+"""Files of a hub repository that hold the weights once more."""
+PICKLED = ["*.bin", "*.pt", "*.pth"]
+"""Weights in the older format, of which newer repositories hold a second copy in safetensors."""
+
+
+def resolve_source(source: str, flag: str, parts: list[str] | None = None) -> Path:
     """Return the local file or folder of a weight source: a path, a hub id or an address.
+
+    Args:
+        source: what the configuration names.
+        flag: named in messages.
+        parts: patterns of the files that are needed of a hub repository; None takes all but second copies.
 
     Raises:
         InputError: it exists neither locally nor, as far as can be reached, on the hub.
@@ -210,7 +221,10 @@ def resolve_source(source: str, flag: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source))
+        folder = Path(snapshot_download(source, allow_patterns=parts, ignore_patterns=[*COPIES, *PICKLED]))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(source, allow_patterns=parts, ignore_patterns=COPIES))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -233,7 +233,7 @@ class PathsConfig:
     """OUTPUT_FOLDER."""
     output_suffix: str = ""
     """OUTPUT_SUFFIX, appended to the run's folder name."""
-    cc3m: Path = Path("datasets/CC3M")
+    cc3m: Path | None = None
     """CC3M_FOLDER: real pictures for CC3M's FID."""
     bundled_checkpoints: Path | None = None
     """Looked into for a checkpoint that the weights folder lacks (the tiny preset's shipped ones)."""

@@ -328,8 +328,8 @@ def load_diffusion(
         InputError: a component is missing, cannot be loaded, or has keys too many or too few.
     """
     assert config.weights is not None
-    folder = resolve_source(config.weights, FLAG)
     parts = ("vae", "unet", "text_encoder", "scheduler", "tokenizer")
+    folder = resolve_source(config.weights, FLAG, ["model_index.json", *(f"{part}/*" for part in parts)])
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise InputError(f"{FLAG}: {folder}: lacks {', '.join(missing)}; give a Stable Diffusion diffusers folder")

@@ -17,8 +17,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file it cannot decode (broken PNG chunks are a SyntaxError)."""
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises for a file it cannot decode: a SyntaxError for PNG chunks, a RuntimeError for AVIF."""
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -375,12 +375,17 @@ class MiniGPT5(nn.Module):
 
     @torch.no_grad()
     def render(self, vokens_RNH: Tensor, seeds: Sequence[int], config: GenerationConfig) -> list[Image.Image]:
-        """Render one picture for each run of voken states, all in one diffusion batch."""
+        """Render one picture for each run of voken states, in diffusion batches of :data:`_PICTURES_AT_ONCE`."""
         condition_RQE = self.condition(vokens_RNH)
-        negative_RQE = self.condition(torch.zeros_like(vokens_RNH[:1])).expand_as(condition_RQE)
+        negative_1QE = self.condition(torch.zeros_like(vokens_RNH[:1]))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         size = self.config.diffusion.image_size
-        return self.diffusion.render(condition_RQE, negative_RQE, config, generators, size)
+        rendered: list[Image.Image] = []
+        for start in range(0, len(seeds), _PICTURES_AT_ONCE):
+            some = slice(start, start + _PICTURES_AT_ONCE)
+            negative_RQE = negative_1QE.expand_as(condition_RQE[some])
+            rendered += self.diffusion.render(condition_RQE[some], negative_RQE, config, generators[some], size)
+        return rendered
 
     @torch.no_grad()
     def render_captions(

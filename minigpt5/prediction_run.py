@@ -84,13 +84,14 @@ def predict_samples(
             prompts = [open_prompt(sample) for sample in batch]
             replies = model.generate(prompts, config)
             baselines = _baselines(model, batch, config)
+            side = model.config.diffusion.image_size
             for place, sample, prompt, reply in zip(places, batch, prompts, replies, strict=True):
                 store.append(
                     _prediction(place, sample, reply, dataset),
                     images=reply.images,
-                    target_images=wanted_pictures(sample, model.config.diffusion.image_size),
+                    target_images=wanted_pictures(sample, side),
                     baseline_image=baselines.get(sample.id),
-                    input_images=prompt.images,
+                    input_images=[_shrink(picture, side) for picture in prompt.images],
                 )
             progress.update(len(batch))
 
@@ -103,6 +104,13 @@ def wanted_pictures(sample: Sample, size: int) -> list[Image.Image]:
     """
     transform = output_transform(size, normalize=False)
     return [to_pil_image(transform(open_picture(path))) for path in sample.output_images]
+
+
+def _shrink(picture: Image.Image, side: int) -> Image.Image:
+    """Return a prompt's picture as large as it is worth keeping: no score reads it, a page shows it."""
+    small = picture.copy()
+    small.thumbnail((side, side))
+    return small
 
 
 def _baselines(model: MiniGPT5, batch: list[Sample], config: GenerationConfig) -> dict[str, Image.Image]:

@@ -20,6 +20,7 @@ from minigpt4.errors import InputError
 PREDICTIONS_FILE = "predictions.jsonl"
 RUN_FILE = "run.json"
 IMAGE_FOLDER = "images"
+_CONTENT_LETTERS = 24
 LEFT_OUT_FILE = "left_out.jsonl"
 """Records of the test file that could not be used, one JSON line each; absent if there were none."""
 
@@ -92,7 +93,7 @@ class PredictionStore:
         values = asdict(prediction)
         values["images"] = self._save(stem, "", images)
         values["target_images"] = self._save(stem, "_gt", target_images)
-        values["input_images"] = self._save(stem, "_in", input_images)
+        values["input_images"] = tuple(self._save_once(stem, picture) for picture in input_images)
         if baseline_image is not None:
             values["baseline_image"] = self._save(stem, "_nl", [baseline_image])[0]
         with self.path.open("a", encoding="utf-8") as file:
@@ -108,6 +109,16 @@ class PredictionStore:
             picture.save(self.folder / name)
             names.append(name)
         return tuple(names)
+
+    def _save_once(self, stem: str, picture: Image.Image) -> str:
+        """Save a picture that other prompts may hold too, as all of a story's do, under a name by its content."""
+        content = sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+        name = f"{IMAGE_FOLDER}/in-{content[:_CONTENT_LETTERS]}.png"
+        if not (self.folder / name).exists():
+            partial = self.folder / f"{IMAGE_FOLDER}/{stem}.partial"  # other processes may be saving it, too
+            picture.save(partial, "PNG")
+            partial.replace(self.folder / name)
+        return name
 
     def _check_run(self, run: dict[str, Any]) -> None:
         path = self.folder / RUN_FILE

@@ -4,6 +4,7 @@ The strings are the ones the published checkpoints were trained with, spelling i
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
 from minigpt5.data.types import INPUT_PICTURE
@@ -52,14 +53,16 @@ Choose = Callable[[str, Sequence[str]], str]
 """Picks one template of a group for a sample id."""
 
 
-def hashed_choice(seed: int) -> Choose:
-    """Return a chooser that gives the same sample the same template, whatever the order of access."""
+@dataclass(frozen=True)
+class HashedChoice:
+    """A chooser that gives the same sample the same template, whatever the order of access."""
 
-    def choose(sample_id: str, group: Sequence[str]) -> str:
-        digest = sha256(f"{seed}:{sample_id}".encode()).digest()
+    seed: int
+
+    def __call__(self, sample_id: str, group: Sequence[str]) -> str:
+        """Return the sample's template."""
+        digest = sha256(f"{self.seed}:{sample_id}".encode()).digest()
         return group[int.from_bytes(digest[:8], "little") % len(group)]
-
-    return choose
 
 
 def cc3m_instruction(command: str, caption: str) -> str:

@@ -58,6 +58,10 @@ class Encoder:
             **self._pictures(sample, generator),
         )
 
+    def count_tokens(self, text: str) -> int:
+        """Return a text's length, at most the tokenizer's limit."""
+        return len(self.tokenizer.encode(text))
+
     def find_cut(self, sample: Sample) -> str | None:
         """Return why a sample is too long to be used, or None. Short texts are not tokenized."""
         limit = self.tokenizer.max_length

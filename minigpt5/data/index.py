@@ -14,6 +14,15 @@ from minigpt5.prompts import Choose
 VOKEN = re.compile(r"\[IMG\d+\]")
 
 
+def unicode_fault(text: str) -> str | None:
+    """Return why a text cannot be tokenized, or None: JSON may hold half of a letter that takes two escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text is not valid Unicode ({error.object[error.start : error.end]!a})"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
     """What a reader needs besides its file; a reader uses what its layout calls for."""

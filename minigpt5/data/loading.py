@@ -1,5 +1,6 @@
 """Encoded samples in a seeded order, over processes and epochs, resumable in the middle of an epoch."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Any
@@ -213,6 +214,9 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if num_workers:
         options |= {"prefetch_factor": 4, "persistent_workers": True}
+        if sys.platform == "linux":
+            # So workers share the index; from Python 3.14 on they would each get a copy of their own.
+            options["multiprocessing_context"] = "fork"
     return options
 
 

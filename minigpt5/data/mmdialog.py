@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5 import prompts
-from minigpt5.data.index import LineFile, ReadOptions, find_fault, wanted_tasks
+from minigpt5.data.index import LineFile, ReadOptions, find_fault, unicode_fault, wanted_tasks
 from minigpt5.data.types import Problem, Sample, Split, Task
 
 MAX_TRAINING_TOKENS = 50
@@ -161,6 +161,8 @@ def _read_turn(value: Any, folder: Path) -> Turn | str:
         return "a turn holds a text part, then at most pictures"
     if not isinstance(turn.text, str) or not turn.text:
         return "no text"
+    if fault := unicode_fault(turn.text):
+        return fault
     if turn.text.endswith(".jpg"):
         return "a file name instead of text"
     if turn.picture is None:

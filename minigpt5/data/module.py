@@ -66,7 +66,7 @@ class DataModule(pl.LightningDataModule):
                 split,
                 voken_text=voken_text(self.vokens.count),
                 seed=self.config.training.seed,
-                count_tokens=self._count_tokens,
+                count_tokens=encoder.count_tokens,
                 find_cut=encoder.find_cut,
                 features=encoder.features,
             )
@@ -165,6 +165,3 @@ class DataModule(pl.LightningDataModule):
             lengths=lengths,
             batch_size=self.config.training.batch_size,
         )
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self.tokenizer.encode(text))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from minigpt5.data.mmdialog import read_mmdialog
 from minigpt5.data.pictures import PictureChecker
 from minigpt5.data.types import Problem, Sample, SampleIndex, Split
 from minigpt5.data.vist import read_vist
-from minigpt5.prompts import hashed_choice
+from minigpt5.prompts import HashedChoice
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ _CHUNK = 4096
 _SHOWN_PROBLEMS = 10
 
 
+_CONVERSATION = re.compile(rb'"conversation(_id)?"\s*:')
+
+
 def detect_dataset(path: Path) -> DatasetName:
     """Return which layout a data file has, from its content and, failing that, its suffix.
 
@@ -53,7 +57,7 @@ def detect_dataset(path: Path) -> DatasetName:
     first = next((line for line in head.splitlines() if line.strip()), b"")
     if is_cc3m_header(first) or path.suffix == ".tsv":
         return DatasetName.CC3M
-    if b'"conversation' in first or path.suffix in (".txt", ".jsonl"):
+    if _CONVERSATION.search(first) or path.suffix in (".txt", ".jsonl"):
         return DatasetName.MMDIALOG
     if first.lstrip().startswith(b"{") or path.suffix == ".json":
         return DatasetName.VIST
@@ -139,7 +143,7 @@ def _read_options(
         split=split,
         folder=config.folder,
         voken_text=voken_text,
-        choose=hashed_choice(seed),
+        choose=HashedChoice(seed),
         count_tokens=count_tokens,
         tasks=config.tasks,
         context=config.context,

@@ -8,7 +8,15 @@ from typing import Any
 
 from minigpt4.errors import InputError
 from minigpt5 import prompts
-from minigpt5.data.index import VOKEN, ReadOptions, find_fault, first_template, read_bytes, wanted_tasks
+from minigpt5.data.index import (
+    VOKEN,
+    ReadOptions,
+    find_fault,
+    first_template,
+    read_bytes,
+    unicode_fault,
+    wanted_tasks,
+)
 from minigpt5.data.types import INPUT_PICTURE, Problem, Sample, Split, Task
 
 SUFFIXES = {Task.GENERATION: "gen", Task.MULTIMODAL: "multimodal", Task.UNDERSTANDING: "understanding"}
@@ -168,6 +176,8 @@ def _step_fault(step: Any, mapping: dict[str, Any]) -> str | None:
         return f"no {' and '.join(missing)}"
     if not isinstance(step["caption"], str):
         return f"the caption is no text: {step['caption']!r}"
+    if fault := unicode_fault(step["caption"]):
+        return fault
     if not isinstance(mapping.get(str(step["image_id"])), str):
         return f"picture {step['image_id']!r} is not in the picture mapping"
     return None

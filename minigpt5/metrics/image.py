@@ -109,6 +109,8 @@ def frechet_distance(real_ND: Tensor, made_MD: Tensor) -> float | None:
     """
     if len(real_ND) < 2 or len(made_MD) < 2:
         return None
+    if max(len(real_ND), len(made_MD)) < real_ND.shape[1]:
+        return _frechet_distance_of_few(real_ND.double(), made_MD.double())
     metric = FrechetInceptionDistance(feature=_Rows(real_ND.shape[1]))
     metric.update(real_ND, real=True)
     metric.update(made_MD, real=False)
@@ -148,6 +150,21 @@ def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, PICTURES_A_BATCH)):
         yield chunk
+
+
+def _frechet_distance_of_few(real_ND: Tensor, made_MD: Tensor) -> float:
+    """Return the Fréchet distance of fewer rows than features, without a matrix of features by features.
+
+    With Σ₁ = XᵀX and Σ₂ = YᵀY, Σ₁Σ₂ has the eigenvalues of (XYᵀ)(XYᵀ)ᵀ and otherwise zeros, so the trace of its
+    root is the sum of the singular values of XYᵀ, which is as large as the sets are.
+    """
+    means = real_ND.mean(dim=0), made_MD.mean(dim=0)
+    first_ND, second_MD = (
+        (rows - mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip((real_ND, made_MD), means, strict=True)
+    )
+    root = torch.linalg.svdvals(first_ND @ second_MD.T).sum()
+    spread = first_ND.square().sum() + second_MD.square().sum()
+    return float((means[0] - means[1]).square().sum() + spread - 2 * root)
 
 
 class _Rows(nn.Module):

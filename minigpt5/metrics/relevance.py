@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from minigpt5.metrics.text import FIRST_VOKEN, STOP, clean_text
+from minigpt5.metrics.text import FIRST_VOKEN, STOP, clean_text, strip_ends
 
 _VOKEN_RUN = re.compile(r"\[IMG0\](?:\s*\[IMG[1-9]\d*\])*")
 
@@ -66,8 +66,8 @@ def split_elements(text: str, images: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def show_vokens(text: str) -> str:
-    """Return a response for reading: each run of vokens as ``[picture]``, without ``###``."""
-    return _VOKEN_RUN.sub("[picture]", text.replace(STOP, "")).strip()
+    """Return a response for reading: runs of vokens as ``[picture]``, without ``###``, ``<s>`` and ``</s>``."""
+    return _VOKEN_RUN.sub("[picture]", strip_ends(text).replace(STOP, "")).strip()
 
 
 def conversation_f1(turns: Iterable[Mapping[str, float | str]], kinds: Sequence[str]) -> float:

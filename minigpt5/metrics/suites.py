@@ -90,6 +90,11 @@ def _score_cc3m(
     real = find_real_images(real_images)
     notes = [] if real else [f"No FID: {real_images} holds no val/*/*.jpg nor val/*.jpg; set CC3M_FOLDER."]
     real_ND = encode_files(real, networks.fid) if real and (made or baselines) else torch.empty(0, 0)
+    if 0 < len(real_ND) < real_ND.shape[1]:
+        notes.append(
+            f"FID against {len(real)} pictures of {real_images} (CC3M_FOLDER), fewer than the {real_ND.shape[1]} "
+            "features of its network: compare it with no published one."
+        )
     first, first_baselines = _published_pictures(predictions)
     inception, baseline_inception = published_inception_scores(
         features.rows("inception", first),

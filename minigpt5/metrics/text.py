@@ -27,14 +27,21 @@ from minigpt5.metrics.hub import cached_without_network
 STOP = "###"
 FIRST_VOKEN = "[IMG0]"
 _VOKEN = re.compile(r"\[IMG\d+\]")
+_ENDS = re.compile(r"^\s*<s>|</s>\s*$")
+"""Where a decoded reply begins, and where it ended before ``###``."""
 _BLEU_WEIGHTS = [(1.0,), (0.5, 0.5)]
 _ROUGE_EPSILON = 1e-8
 
 
 def clean_text(text: str) -> str:
-    """Return the words of a response: no vokens, no ``###``, single spaces; "" if only punctuation is left."""
-    words = " ".join(_VOKEN.sub(" ", text.replace(STOP, " ")).split())
+    """Return the words of a response: no vokens, ``###``, ``<s>`` or ``</s>``; "" if only punctuation is left."""
+    words = " ".join(_VOKEN.sub(" ", strip_ends(text).replace(STOP, " ")).split())
     return "" if all(char in string.punctuation + " " for char in words) else words
+
+
+def strip_ends(text: str) -> str:
+    """Return a decoded reply without the tokens of its beginning and its end."""
+    return _ENDS.sub("", text)
 
 
 def published_text(text: str) -> str:

@@ -17,7 +17,6 @@ from minigpt5.tinyworld.quality import MEANINGS, Share, score_folder
 
 SHOWN = 12
 """Replies of a data set on the page, spread over its tasks."""
-_BEGINNING = "<s>"
 """Decoded replies begin with it, as published."""
 _TITLES = {
     "cc3m": "Captions to pictures (CC3M-like, stage 1)",
@@ -144,7 +143,7 @@ def _reply(prediction: Prediction, folder: Path, page: Path) -> str:
 
 
 def _words(text: str) -> str:
-    words = show_vokens(text).removeprefix(_BEGINNING).strip()
+    words = show_vokens(text)
     return f"<p>{escape(words)}</p>" if words else ""
 
 

@@ -35,6 +35,20 @@ def test_round_trip(tmp_path):
     assert colour == (0, 0, 255)
 
 
+def test_a_picture_that_several_prompts_hold_is_kept_once(tmp_path):
+    held = [("red",), ("red", "blue"), ("red", "blue", "red")]
+    for rank, colours in enumerate(held):
+        store = PredictionStore(tmp_path, {}, rank)
+        store.append(prediction(f"7_{rank}-gen"), input_images=[picture(colour) for colour in colours])
+    found = [entry.input_images for entry in read_predictions(tmp_path)]
+    assert [len(names) for names in found] == [1, 2, 3]
+    assert found[2] == (*found[1], found[0][0])
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == sorted(
+        name.removeprefix("images/") for name in set(found[2])
+    )
+    assert [Image.open(tmp_path / name).getpixel((0, 0)) for name in found[1]] == [(255, 0, 0), (0, 0, 255)]
+
+
 def test_reopening_knows_what_is_done_and_drops_a_torn_line(tmp_path):
     store = PredictionStore(tmp_path, {"seed": 1})
     store.append(prediction("a"))

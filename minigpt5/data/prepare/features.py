@@ -19,6 +19,8 @@ from minigpt5.images import PictureTransform, open_picture, output_transform
 
 logger = logging.getLogger(__name__)
 
+_CHECKED_AT_ONCE = 4096
+
 
 def write_features(config: RunConfig, table: Path, out: Path, *, batch_size: int, device: str) -> int:
     """Write ``<out>/<train|val>/<name>_output.pt`` for every picture of a table, and the manifest.
@@ -83,21 +85,26 @@ def _pictures(config: RunConfig, table: Path, out: Path) -> list[tuple[Path, Pat
         tasks=("caption",),
     )
     index = read_cc3m(config.data.folder / table, options)
-    pictures = list(dict.fromkeys(index[number].output_images[0] for number in range(len(index))))
-    faults = PictureChecker(config.data.check_images).check(pictures)
-    problems = [*index.problems, *(Problem(str(picture), reason) for picture, reason in faults.items())]
+    pictures = dict.fromkeys(index[number].output_images[0] for number in range(len(index)))
+    problems = list(index.problems)
     found: dict[Path, Path] = {}
     for picture in pictures:
         split = split_of(picture)
         if split is None:
             problems.append(Problem(str(picture), "no folder of its path begins with train or val"))
-        elif picture not in faults:
-            path = feature_path(out, split, "output", picture)
-            if path in found:
-                raise InputError(
-                    f"{picture}: would have the same feature file as {found[path]}, which the published layout "
-                    "names by the picture's file name; rename one, or train without features"
-                )
-            found[path] = picture
-    report_problems(config.data.folder / table, len(found), problems)
-    return [(picture, path) for path, picture in found.items() if not path.is_file()]
+            continue
+        path = feature_path(out, split, "output", picture)
+        if path in found:
+            raise InputError(
+                f"{picture}: would have the same feature file as {found[path]}, which the published layout "
+                "names by the picture's file name; rename one, or train without features"
+            )
+        found[path] = picture
+    todo = [(picture, path) for path, picture in found.items() if not path.is_file()]
+    checker = PictureChecker(config.data.check_images)
+    faults: dict[Path, str] = {}
+    for start in range(0, len(todo), _CHECKED_AT_ONCE):
+        faults |= checker.check(picture for picture, _ in todo[start : start + _CHECKED_AT_ONCE])
+    problems += [Problem(str(picture), reason) for picture, reason in faults.items()]
+    report_problems(config.data.folder / table, len(found) - len(faults), problems)
+    return [(picture, path) for picture, path in todo if picture not in faults]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from minigpt5.data.index import ReadOptions
 from minigpt5.data.types import Split
-from minigpt5.prompts import hashed_choice
+from minigpt5.prompts import HashedChoice
 from minigpt5.vokens import voken_text
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures" / "data"
@@ -27,7 +27,7 @@ def make_options(folder: Path, split: Split = Split.TRAIN, **changes) -> ReadOpt
         "split": split,
         "folder": folder,
         "voken_text": VOKENS,
-        "choose": hashed_choice(0),
+        "choose": HashedChoice(0),
         "count_tokens": lambda text: len(text.split()),
     }
     return ReadOptions(**(values | changes))

@@ -211,6 +211,16 @@ def test_mmdialog_lines_may_be_blank_broken_or_without_final_newline(tmp_path):
     assert path.read_text("utf-8").endswith(good)
 
 
+def test_half_a_letter_leaves_its_record_out(tmp_path):
+    """JSON can escape half of an emoji, which no tokenizer takes."""
+    half = "hi \\ud83d"
+    good = json.dumps({"conversation_id": 9, "conversation": turns("hello there", "hi you")})
+    path = write_mmdialog(tmp_path / "test", [])
+    path.write_text(f"{good.replace('hi you', half)}\n{good}\n", encoding="utf-8")
+    problem = r"conversations\.txt:1 turn 1: the text is not valid Unicode \('\\ud83d'\)"
+    check(read_mmdialog(path, make_options(tmp_path)), ["9_1-mm"], [problem])
+
+
 def test_mmdialog_is_cut_at_long_turns_in_training_only_and_read_anew_after_an_edit(tmp_path):
     records = [{"conversation_id": 1, "conversation": turns("hello", "word " * 60, "bye")}]
     path = write_mmdialog(tmp_path / "test", records)

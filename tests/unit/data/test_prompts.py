@@ -6,7 +6,7 @@ from minigpt5 import prompts
 
 
 def test_the_choice_depends_on_seed_and_sample_id_and_uses_every_template():
-    choose, same, other = prompts.hashed_choice(1), prompts.hashed_choice(1), prompts.hashed_choice(2)
+    choose, same, other = prompts.HashedChoice(1), prompts.HashedChoice(1), prompts.HashedChoice(2)
     ids = [f"cc3m_{i}_instruction" for i in range(700)]
     picks = [choose(i, prompts.CC3M_GENERATION) for i in ids]
     assert picks == [same(i, prompts.CC3M_GENERATION) for i in reversed(ids)][::-1]

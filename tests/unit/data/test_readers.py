@@ -2,20 +2,25 @@
 
 import json
 import os
+import pickle
 import tracemalloc
 
 import pytest
+import torch
 from data_helpers import FIXTURES, VOKENS, draw, make_cc3m, make_options, samples_of
 
 from minigpt4.errors import InputError
 from minigpt5.config import DataConfig, DatasetName
 from minigpt5.data import pictures
 from minigpt5.data.cc3m import read_cc3m
+from minigpt5.data.encode import Encoder
+from minigpt5.data.loading import SampleDataset
 from minigpt5.data.mmdialog import read_mmdialog, window_start
 from minigpt5.data.pictures import PictureChecker
 from minigpt5.data.readers import detect_dataset, open_index, write_problems
 from minigpt5.data.types import Problem, Split, Task
 from minigpt5.data.vist import read_vist
+from minigpt5.images import input_transform, output_transform
 
 ARGUMENTS = {"voken_text": VOKENS, "seed": 0, "count_tokens": len}
 VIST = FIXTURES / "data/vist/VIST"
@@ -35,6 +40,25 @@ def test_a_layout_is_known_by_its_content(path, name, tmp_path):
     copy = tmp_path / "data.anything"
     copy.write_bytes(path.read_bytes())
     assert detect_dataset(copy) is name
+
+
+def test_a_caption_about_a_conversation_makes_no_dialogue(tmp_path):
+    path = tmp_path / "train_cleaned.json"
+    steps = [{"caption": "conversation was flowing .", "image_id": "1", "sequence_index": 0}]
+    path.write_text(json.dumps({"1": steps}, separators=(",", ":")), encoding="utf-8")
+    assert detect_dataset(path) is DatasetName.VIST
+
+
+@pytest.mark.parametrize("folder", [FIXTURES / "data/cc3m/CC3M", VIST, MMDIALOG])
+def test_an_index_goes_to_workers_that_do_not_share_memory(folder, tokenizer, vokens):
+    name = {"CC3M": "cc3m_val.tsv", "VIST": "val_cleaned.json", "test": "test_conversations.txt"}[folder.name]
+    encoder = Encoder(tokenizer, vokens, input_transform(8), output_transform(8))
+    arguments = {"voken_text": VOKENS, "seed": 0, "count_tokens": encoder.count_tokens}
+    index = open_index(DataConfig(folder=folder), name, Split.TRAIN, **arguments)
+    dataset = pickle.loads(pickle.dumps(SampleDataset(index, encoder)))
+    for number in (0, len(index) - 1):
+        assert dataset.index[number] == index[number]
+        assert torch.equal(dataset[0, number].input_ids_T, encoder(index[number]).input_ids_T)
 
 
 def test_another_layout_is_refused_with_the_known_ones(tmp_path):

@@ -11,6 +11,7 @@ from torchvision.transforms.functional import to_tensor
 
 from minigpt4.errors import InputError
 from minigpt5.metrics.image import (
+    _Rows,
     encode_files,
     fid_encoder,
     frechet_distance,
@@ -36,6 +37,16 @@ def test_frechet_distance_equals_scipy():
     root = sqrtm(covariances[0] @ covariances[1]).real
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert frechet_distance(real, made) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("many", "few"), [(2, 2), (5, 3), (20, 20), (39, 4)])
+def test_frechet_distance_of_fewer_rows_than_features_equals_torchmetrics(many, few):
+    real, made = _features(0, many, 40), _features(1, few, 40) * 1.5 + 0.3
+    metric = FrechetInceptionDistance(feature=_Rows(40))
+    metric.update(real, real=True)
+    metric.update(made, real=False)
+    for first, second in ((real, made), (made, real)):
+        assert frechet_distance(first, second) == pytest.approx(metric.compute().item(), rel=1e-5)
 
 
 def test_frechet_distance_needs_two_rows_a_side():

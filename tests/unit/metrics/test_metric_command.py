@@ -60,7 +60,20 @@ def test_predictions_folder_and_data_set_can_be_given(tmp_path, config):
     assert "set CC3M_FOLDER" in done.stderr
 
 
-def test_help_is_quick_and_light():
+def test_real_pictures_are_looked_for_where_the_data_are(tmp_path, config):
+    _store(tmp_path / "run", "cc3m", "cc3m_0")
+    flags = ("--predictions", str(tmp_path / "run"), "--dataset", "cc3m", "--config", str(config))
+    done = _run(*flags, environment={"DATAFOLDER": str(tmp_path / "elsewhere")})
+    assert f"No FID: {tmp_path / 'elsewhere'} holds no val/*/*.jpg" in done.stderr
+    for number in range(3):
+        path = tmp_path / "elsewhere" / "val" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path)
+    done = _run(*flags, environment={"DATAFOLDER": str(tmp_path / "elsewhere")})
+    assert f"FID against 3 pictures of {tmp_path / 'elsewhere'} (CC3M_FOLDER), fewer than" in done.stderr
+
+
+def test_help_is_light():
     done = _run("--help")
     assert done.returncode == 0
     light = "import sys, metric, minigpt5.cli; print('torch' in sys.modules)"

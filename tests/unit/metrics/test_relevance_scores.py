@@ -42,6 +42,8 @@ def test_elements_are_paired_in_order_across_modalities():
         (f"{RUN}{RUN}", ["a.png", "b.png"], [("image", "a.png"), ("image", "b.png")]),
         ("look [IMG0] here", [], [("text", "look"), ("text", "here")]),
         ("### ", ["a.png"], [("image", "a.png")]),
+        ("<s> [IMG0] ###", ["a.png"], [("image", "a.png")]),
+        ("<s> look [IMG0] </s>", ["a.png"], [("text", "look"), ("image", "a.png")]),
         ("", [], []),
     ],
 )

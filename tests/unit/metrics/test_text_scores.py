@@ -30,6 +30,11 @@ from minigpt5.metrics.text import (
         (". .", "", ". ."),
         ("", "", ""),
         ("Café — naïve ###", "Café — naïve", "Café — naïve"),
+        # as decoded: the published evaluation keeps the beginning
+        ("<s> a dog [IMG0] ###", "a dog", "<s> a dog"),
+        ("<s> [IMG0] ###", "", "<s>"),
+        ("<s> a dog </s>", "a dog", "<s> a dog </s>"),
+        ("a <s> in the middle", "a <s> in the middle", "a <s> in the middle"),
     ],
 )
 def test_texts_are_cleaned(raw, clean, published):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from minigpt4.backbone import load_backbone
@@ -241,6 +242,43 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"some-org/some-model.*download it and give its folder"):
         resolve_source("some-org/some-model", "model.backbone.vision.weights")
+
+
+HUB = {
+    "old": ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tokenizer.model"),
+    "both": ("config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "x.ckpt"),
+    "diffusion": (
+        *("model_index.json", "v2-1_512-ema-pruned.safetensors", "v2-1_512-ema-pruned.ckpt"),
+        *("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "feature_extractor/preprocessor_config.json"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "wanted"),
+    [
+        ("old", None, set(HUB["old"])),
+        ("both", None, {"config.json", "model.safetensors"}),
+        (
+            "diffusion",
+            ["model_index.json", "unet/*"],
+            {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
+        ),
+    ],
+)
+def test_of_a_hub_repository_only_what_is_read_is_fetched(name, parts, wanted, tmp_path, monkeypatch):
+    """The hub's own filter decides; what it would download is made here instead."""
+
+    def fetch(source, *, allow_patterns, ignore_patterns):
+        for file in filter_repo_objects(HUB[name], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    folder = resolve_source(f"some-org/{name}", "model.diffusion.weights", parts)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == wanted
 
 
 def add_tokens_file(folder: Path, added: dict[str, int], rows: int) -> None:
