@@ -41,7 +41,7 @@ from minigpt5.vokens import IGNORE_INDEX
 
 RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=4)
 ACCORD_RECIPE = Recipe(
-    steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=3
+    steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=4
 )
 """Of the part ``accord``, in which the states share the words."""
 COUNT = 8
@@ -66,6 +66,8 @@ _NOISE = 0.5
 _READING_NOISE = 0.5
 """Relative to the states' root mean square, which the last norm holds: what a state says beside the picture's
 words costs what it could say them with."""
+LOUDNESS = 3.0
+"""Root mean square of the final norm's weights, and so about of the states, that ``accord`` ends with."""
 _LITTLE = 0.25
 """Variance below which a direction of the states hardly counts, relative to their mean square."""
 
@@ -209,6 +211,19 @@ class BlankObjective(Scheduled):
         )
         logits_BTV = self.model.lm_head(hidden_BTH[:, :-1])
         return F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORE_INDEX)
+
+
+@torch.no_grad()
+def set_loudness(model: LlamaForCausalLM) -> None:
+    """Scale the last states to :data:`LOUDNESS`, and the head that reads them back: the same words follow.
+
+    Weight decay leaves them at about 1, and a mapper that they are fed into learns from states so small at a third
+    of the pace.
+    """
+    norm = model.model.norm.weight
+    factor = LOUDNESS / norm.square().mean().sqrt()
+    norm *= factor
+    model.lm_head.weight /= factor
 
 
 def context_share(first_PNH: Tensor, second_PNH: Tensor) -> Tensor:

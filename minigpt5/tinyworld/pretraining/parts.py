@@ -37,6 +37,7 @@ from minigpt5.tinyworld.pretraining.blanks import (
     AccordReader,
     BlankObjective,
     BlankReader,
+    set_loudness,
 )
 from minigpt5.tinyworld.pretraining.blanks import RECIPE as BLANK_RECIPE
 from minigpt5.tinyworld.pretraining.clip import RECIPE as CLIP_RECIPE
@@ -317,6 +318,8 @@ def _continue_language(
         reader = make_reader(model).to(place.device)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
     measured = train(part, reader, BlankObjective(reader, writer, recipe, context_weight), recipe, place)
+    if make_reader is AccordReader:
+        set_loudness(model)
     save_language_model(model.to("cpu"), place.folder / "llama")
     return measured
 

@@ -25,12 +25,14 @@ from minigpt5.tinyworld.pretraining.blanks import (
     ACCORD_CONTEXT_WEIGHT,
     CONTEXT_WEIGHT,
     COUNT,
+    LOUDNESS,
     WORDS,
     AccordReader,
     BlankObjective,
     BlankReader,
     blank_starts,
     context_share,
+    set_loudness,
 )
 from minigpt5.tinyworld.pretraining.clip import ScorerPair, contrastive_loss, encode_short_text
 from minigpt5.tinyworld.pretraining.evaluate import (
@@ -601,6 +603,20 @@ def test_blanks_leave_words_the_embeddings_that_eyes_learn_to_give(folder, tmp_p
     after = load_folder_backbone(place.folder).model
     assert torch.equal(after.embedding_VH, before.embedding_VH)
     assert not torch.equal(after.head_VH, before.head_VH)
+    loudness = after.language_model.model.norm.weight.square().mean().sqrt()
+    assert (abs(loudness - LOUDNESS) < 0.01) == (name == "accord")
+
+
+def test_louder_states_say_the_same(folder):
+    model = load_folder_backbone(folder).model.language_model
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    quiet, before = model.model(input_ids=ids)[0], model(input_ids=ids).logits
+    set_loudness(model)
+    loud, after = model.model(input_ids=ids)[0], model(input_ids=ids).logits
+    torch.testing.assert_close(after, before)
+    factor = loud / quiet
+    torch.testing.assert_close(factor, torch.full_like(factor, float(factor.mean())))
+    assert factor.mean() > 1.5
 
 
 def test_the_context_weight_weighs_the_context(folder):
