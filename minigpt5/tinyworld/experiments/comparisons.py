@@ -102,7 +102,7 @@ COMPARISONS: dict[str, Comparison] = {
             CAPTIONS,
             _PICTURE,
             (
-                Variant("with (5)", both={"loss.caption_weight": 5.0}),
+                Variant("with (1)", both={"loss.caption_weight": 1.0}),
                 Variant("with (0.1, as published)", both={"loss.caption_weight": 0.1}),
                 Variant("without", both={"loss.caption_weight": 0.0}),
             ),

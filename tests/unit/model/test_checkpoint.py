@@ -22,7 +22,16 @@ from minigpt5.checkpoint import (
     read_checkpoint,
     trainable_state,
 )
-from minigpt5.config import PROJECT_ROOT, AdapterConfig, LossConfig, ModelConfig, PathsConfig, Stage, VokenConfig
+from minigpt5.config import (
+    PROJECT_ROOT,
+    AdapterConfig,
+    LossConfig,
+    ModelConfig,
+    PathsConfig,
+    Stage,
+    VokenConfig,
+    load_config,
+)
 from minigpt5.model import MiniGPT5, build_model
 from tests.parity.model import model_config
 
@@ -186,6 +195,16 @@ def test_stage_2_goes_on_top_of_the_stage_1_it_was_trained_on(tmp_path):
     # A published file does not say what it goes on top of.
     load_checkpoint(model, other, Stage.ALIGNMENT, "--stage1_weight")
     load_checkpoint(model, FIXTURE / "stage2.ckpt", Stage.MULTIMODAL, "--test_weight")
+
+
+@pytest.mark.parametrize("name", ["stage2_vist", "stage2_mmdialog"])
+def test_checkpoints_that_ship_go_on_top_of_the_stage_1_beside_them(name):
+    config = load_config(PROJECT_ROOT / "config" / "tiny.yaml", {}, {})
+    folder = config.paths.bundled_checkpoints
+    model = build_model(config.model, config.loss, Stage.MULTIMODAL)
+    load_checkpoint(model, folder / "stage1_cc3m.ckpt", Stage.ALIGNMENT, "--stage1_weight")
+    assert read_checkpoint(folder / f"{name}.ckpt", 9).meta[FORMAT_KEY]["stage1"] == model.stage1
+    load_checkpoint(model, folder / f"{name}.ckpt", Stage.MULTIMODAL, "--test_weight")
 
 
 def test_lora_that_would_not_be_applied_is_an_error():
