@@ -131,7 +131,7 @@ def _agreements(folder: Path, prediction: Prediction) -> list[Agreement | None]:
 def _whole_pictures(folder: Path, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
     """Return of each wanted picture whether it was made whole, and of those of two things whether both are there.
 
-    A thing too many is wrong in the one, a background in the other too.
+    A thing too many is wrong in both, another background in the first alone.
     """
     whole, both = [], []
     for prediction in filter(is_determined, predictions):

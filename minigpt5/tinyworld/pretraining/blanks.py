@@ -217,8 +217,7 @@ class BlankObjective(Scheduled):
 def set_loudness(model: LlamaForCausalLM) -> None:
     """Scale the last states to :data:`LOUDNESS`, and the head that reads them back: the same words follow.
 
-    Weight decay leaves them at about 1, and a mapper that they are fed into learns from states so small at a third
-    of the pace.
+    Weight decay leaves them at about 1, and a mapper that is fed states so small learns more slowly.
     """
     norm = model.model.norm.weight
     factor = LOUDNESS / norm.square().mean().sqrt()
