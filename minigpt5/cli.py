@@ -1,6 +1,8 @@
 """What every command line of the project does around its ``main``: errors, exit codes, ``--debug``."""
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,6 +11,8 @@ from minigpt4.errors import InputError
 INPUT_ERROR = 2
 """Exit code for input that cannot be used; argparse exits with the same for an unknown flag."""
 INTERRUPTED = 130
+OUTPUT_CLOSED = 141
+"""Exit code when nobody reads the output any longer, as of programs that the signal for it ends: ``… | head``."""
 
 
 def quieten_libraries() -> None:
@@ -32,7 +36,13 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     quieten_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return main(arguments) or 0
+        code = main(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _discard_unread_output():
+            raise
+        return OUTPUT_CLOSED
     except InputError as error:
         if "--debug" in arguments:
             raise
@@ -41,3 +51,15 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _discard_unread_output() -> bool:
+    """Return whether nobody reads standard output; what is still to be written then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True

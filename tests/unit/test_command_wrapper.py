@@ -47,3 +47,26 @@ def test_results_and_interrupts_become_exit_codes(capsys):
 def test_own_defects_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda _: 1 // 0, [])
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["flushed at the end", "more than is buffered"])
+def test_output_that_nobody_reads_ends_a_command_quietly(lines):
+    """As in ``python -m minigpt5.tinyworld score STORE | head``."""
+    code = f"import sys; from minigpt5.cli import run_command; sys.stdin.read(); sys.exit(run_command({_PRINT}))"
+    program = [sys.executable, "-c", code.replace("LINES", str(lines))]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        run.stdin.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 141
+
+
+_PRINT = "lambda _: print('\\n' * LINES)"
+
+
+def test_another_closed_pipe_than_the_output_is_a_defect():
+    def lose_worker(_):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_command(lose_worker, [])
