@@ -41,7 +41,7 @@ from minigpt5.vokens import IGNORE_INDEX
 
 RECIPE = Recipe(steps=3500, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=4)
 ACCORD_RECIPE = Recipe(
-    steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=4
+    steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, version=5
 )
 """Of the part ``accord``, in which the states share the words."""
 COUNT = 8
@@ -63,9 +63,12 @@ _PLAIN_SKIPPED = 0.6
 """Of the examples whose pictures show one thing: who learns first to tell one thing hardly finds the second."""
 _NOISE = 0.5
 """Relative to the deviation of the known rows."""
-_READING_NOISE = 0.5
-"""Relative to the states' root mean square, which the last norm holds: what a state says beside the picture's
-words costs what it could say them with."""
+READING_NOISE = 0.5
+ACCORD_READING_NOISE = 1.5
+"""In ``blanks`` and in ``accord``, relative to the states' root mean square, which the last norm holds: what a
+state says beside the picture's words costs what it could say them with. So much that not all can be read through
+it makes what has few values, a size, loud too, and leaves little of a state that is always the same.
+"""
 LOUDNESS = 3.0
 """Root mean square of the final norm's weights, and so about of the states, that ``accord`` ends with."""
 _LITTLE = 0.25
@@ -117,6 +120,7 @@ class BlankObjective(Scheduled):
         writer: tokens of examples.
         recipe: batch size.
         context_weight: of how far states are from those that captions lead to.
+        reading_noise: added to the states, relative to their root mean square.
     """
 
     def __init__(
@@ -125,10 +129,11 @@ class BlankObjective(Scheduled):
         writer: PictureWriter,
         recipe: Recipe,
         context_weight: float = CONTEXT_WEIGHT,
+        reading_noise: float = READING_NOISE,
     ) -> None:
         super().__init__(recipe.steps)
         self.reader, self.model, self.writer = reader, reader.model, writer
-        self.context_weight = context_weight
+        self.context_weight, self.reading_noise = context_weight, reading_noise
         self.batch_size = max(1, recipe.batch_size // 2)
         self.text = LanguageObjective(reader.model, writer, replace(recipe, batch_size=self.batch_size))
 
@@ -148,7 +153,7 @@ class BlankObjective(Scheduled):
         states_PNH = torch.cat([states_PNH, plain_PNH])
         noise_PNH = torch.randn(states_PNH.shape, generator=generator).to(states_PNH)
         loudness = states_PNH.detach().square().mean().sqrt()
-        logits_PNXV = self.reader(states_PNH + self.hardness * _READING_NOISE * loudness * noise_PNH)
+        logits_PNXV = self.reader(states_PNH + self.hardness * self.reading_noise * loudness * noise_PNH)
         words_PX = self.words(scenes * 2).to(states_PNH.device)
         words_PNX = words_PX[:, None].expand(logits_PNXV.shape[:-1])
         told = F.cross_entropy(logits_PNXV.flatten(0, 2), words_PNX.flatten())

@@ -32,8 +32,10 @@ from minigpt5.tinyworld.foundations import (
 )
 from minigpt5.tinyworld.pretraining.blanks import (
     ACCORD_CONTEXT_WEIGHT,
+    ACCORD_READING_NOISE,
     ACCORD_RECIPE,
     CONTEXT_WEIGHT,
+    READING_NOISE,
     AccordReader,
     BlankObjective,
     BlankReader,
@@ -296,17 +298,18 @@ def _train_language(place: Place, recipe: Recipe, _: int) -> Measured:
 
 
 def _train_blanks(place: Place, recipe: Recipe, _: int) -> Measured:
-    return _continue_language("blanks", BlankReader, CONTEXT_WEIGHT, place, recipe)
+    return _continue_language("blanks", BlankReader, CONTEXT_WEIGHT, READING_NOISE, place, recipe)
 
 
 def _train_accord(place: Place, recipe: Recipe, _: int) -> Measured:
-    return _continue_language("accord", AccordReader, ACCORD_CONTEXT_WEIGHT, place, recipe)
+    return _continue_language("accord", AccordReader, ACCORD_CONTEXT_WEIGHT, ACCORD_READING_NOISE, place, recipe)
 
 
 def _continue_language(
     part: str,
     make_reader: type[BlankReader] | type[AccordReader],
     context_weight: float,
+    reading_noise: float,
     place: Place,
     recipe: Recipe,
 ) -> Measured:
@@ -317,7 +320,8 @@ def _continue_language(
         torch.manual_seed(place.seed)
         reader = make_reader(model).to(place.device)
     writer = PictureWriter(load_tokenizer(place.folder / "llama"))
-    measured = train(part, reader, BlankObjective(reader, writer, recipe, context_weight), recipe, place)
+    objective = BlankObjective(reader, writer, recipe, context_weight, reading_noise)
+    measured = train(part, reader, objective, recipe, place)
     if make_reader is AccordReader:
         set_loudness(model)
     save_language_model(model.to("cpu"), place.folder / "llama")

@@ -38,7 +38,7 @@ from minigpt5.vokens import IGNORE_INDEX
 
 SIGHT_RECIPE = Recipe(steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=100, weight_decay=0.05)
 EYES_RECIPE = Recipe(steps=10_000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.05)
-RECIPE = Recipe(steps=800, batch_size=32, learning_rate=3e-4, warmup_steps=100, weight_decay=0.05)
+RECIPE = Recipe(steps=2400, batch_size=32, learning_rate=3e-4, warmup_steps=100, weight_decay=0.05)
 _SHARPNESS = 10.0
 """Of the softmax over distances to words: two words are about twice their variance apart."""
 _DESCRIBE_SHARE = 0.5

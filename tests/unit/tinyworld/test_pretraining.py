@@ -507,11 +507,11 @@ def test_a_description_begins_with_what_stands_first_in_the_picture():
         assert read_attributes(example.response)["position"] == first.position
 
 
-def blank_objective(folder, reader=BlankReader, context_weight=CONTEXT_WEIGHT):
+def blank_objective(folder, reader=BlankReader, context_weight=CONTEXT_WEIGHT, **options):
     """Of the last step, when all terms have their full weight."""
     writer = PictureWriter(load_tokenizer(folder / "llama"))
     model = build_foundations(len(writer.tokenizer), 520, seed=1).language_model
-    objective = BlankObjective(reader(model), writer, replace(QUICK, batch_size=8), context_weight)
+    objective = BlankObjective(reader(model), writer, replace(QUICK, batch_size=8), context_weight, **options)
     objective.step = QUICK.steps - 1
     return objective, writer
 
@@ -868,3 +868,17 @@ def test_a_resumed_run_goes_on_where_its_objectives_schedule_was(tmp_path):
         train("any", module, objective, replace(QUICK, steps=steps), Place(tmp_path, 0, CPU))
         seen.append(objective.seen)
     assert seen == [[0, 1], [2, 3]]
+
+
+def test_words_are_read_through_noise_as_loud_as_asked_for(folder):
+    def read(noise):
+        objective, _ = blank_objective(folder, AccordReader, reading_noise=noise)
+        seen = []
+        objective.reader.register_forward_hook(lambda _, inputs, __: seen.extend(inputs))
+        objective(torch.Generator().manual_seed(0))
+        return seen[0].detach()
+
+    clear, some, more = map(read, (0.0, 0.5, 1.5))
+    torch.testing.assert_close(more - clear, 3 * (some - clear), atol=1e-4, rtol=1e-4)
+    share = (some - clear).square().mean().sqrt() / clear.square().mean().sqrt()
+    assert share == pytest.approx(0.5, rel=0.05)
