@@ -123,6 +123,10 @@ class _Paths:
     def check_equal(self) -> str:
         """Compare tokens and pictures of every reply."""
         ours = self.model.generate(self.requests, self.config)
+        if (shortest := min(len(reply.token_ids) for reply in ours)) < NEW_TOKENS:
+            raise AssertionError(
+                f"a reply ended by itself after {shortest} tokens; rates count {NEW_TOKENS} of each"
+            )
         self.states = self._states(ours)
         worst = different = 0
         for request, reply in zip(self.requests, ours, strict=True):

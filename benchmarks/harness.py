@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -228,7 +229,8 @@ def write_json(report: Report, folder: Path) -> Path:
 
 def assert_close(name: str, reference: Sequence[float], ours: Sequence[float], relative: float) -> str:
     """Return a line for the report, or fail: what is not equal is not worth timing."""
-    worst = max(abs(one - other) / max(abs(one), 1e-12) for one, other in zip(reference, ours, strict=True))
-    if worst > relative:
+    differences = [abs(one - other) / max(abs(one), 1e-12) for one, other in zip(reference, ours, strict=True)]
+    worst = next(filter(math.isnan, differences), max(differences))
+    if not worst <= relative:  # nor is what is no number equal
         raise AssertionError(f"{name}: the paths differ by {worst:.2e}, more than {relative:.0e}")
     return f"{name} (largest relative difference {worst:.1e})"

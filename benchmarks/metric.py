@@ -39,7 +39,7 @@ def measure(settings: Settings) -> Report:
         return torch.stack([F.cosine_similarity(first, second), F.cosine_similarity(first, sentences)], dim=1)
 
     difference = float((one_by_one() - batched()).abs().max())
-    if difference > TOLERANCE[settings.device.type]:
+    if not difference <= TOLERANCE[settings.device.type]:
         raise AssertionError(f"similarities differ by {difference}")
     report.equal.append(f"similarities of {len(made)} predictions (largest difference {difference:.1e})")
     paths: dict[str, Phases] = alternate(

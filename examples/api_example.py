@@ -16,11 +16,14 @@ from minigpt5.conversation import Conversation  # noqa: E402
 from minigpt5.images import open_picture  # noqa: E402
 from minigpt5.runs import open_model  # noqa: E402
 
+BUNDLED = HERE.parent / "minigpt5" / "tinyworld" / "weights" / "checkpoints"
+
 
 def main() -> None:
     """Ask twice: the second question builds on the first answer and its picture."""
-    flags = {"stage": "multimodal", "stage1_weight": "stage1_cc3m.ckpt", "test_weight": "stage2_vist.ckpt"}
-    config = load_config(Path("config/tiny.yaml"), flags, {})
+    config = load_config(Path("config/tiny.yaml"), {"stage": "multimodal"}, {})
+    # By path: a name alone is looked for in weights/ first, where the paper's checkpoints may be.
+    config = replace(config, stage1_weight=BUNDLED / "stage1_cc3m.ckpt", test_weight=BUNDLED / "stage2_vist.ckpt")
     model = open_model(config)
     settings = replace(config.generation, images="force")
 

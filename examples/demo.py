@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".minigpt5-demo"
@@ -26,6 +27,8 @@ AT_ONCE = 2
 """Jobs beside each other, once stage 1 is trained."""
 MOST_THREADS = 4
 """Of a job, however many cores there are: models so small hardly have work for more, and two were measured."""
+INTERRUPTED = 130
+"""Exit code."""
 SPINS = 10_000
 """Of a waiting thread, before it lets others have its core. Two threads on two cores took 7.9 steps/s so, 8.4 with
 the default; beside two other programs 1.9 and 0.7.
@@ -144,19 +147,44 @@ def run(arguments: list[str], variables: dict[str, str], log: Path | None = None
 
 
 def run_jobs(out: Path, config: str) -> None:
-    """Train stage 1, then everything else, :data:`AT_ONCE` jobs at once, which share the processor's cores."""
+    """Train stage 1, then everything else, :data:`AT_ONCE` jobs at once, which share the processor's cores.
+
+    Once a job has failed no other command begins.
+
+    Raises:
+        subprocess.CalledProcessError: a job failed.
+    """
     first, *others = JOBS
     first.train(out, config)
 
+    stopped = Event()
+
     def finish(job: Job) -> None:
-        if job.is_stage2:
-            job.train(out, config)
-        job.test(out, config)
+        steps = (job.train, job.test) if job.is_stage2 else (job.test,)
+        try:
+            for step in steps:
+                if not stopped.is_set():
+                    step(out, config)
+        except BaseException:
+            stopped.set()
+            raise
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [pool.submit(finish, job) for job in (*others, first)]
-        for job in waiting:
-            job.result()
+        try:
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException as error:
+            stopped.set()
+            print(f"\n{shown_failure(error)}; what runs beside it ends first", file=sys.stderr, flush=True)
+            raise
+
+
+def shown_failure(error: BaseException) -> str:
+    """Return one line on why the demo stops."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"error: {shlex.join(error.cmd[1:])}: ended with {error.returncode}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
 
 
 def fresh_folder(folder: Path) -> None:
@@ -207,5 +235,7 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        command = shlex.join(error.cmd[1:])
-        sys.exit(f"error: {command}: ended with {error.returncode}; what it printed is above or in logs/")
+        sys.exit(f"{shown_failure(error)}; what it printed is above or in logs/")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -56,6 +56,12 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--test_weight: give the checkpoint to talk to")
     if own.images and own.prompt is None:
         raise InputError("--images: needs --prompt; without it the built-in story and its pictures are used")
+    if own.replies < 1:
+        raise InputError(f"--replies {own.replies}: give at least 1")
+    try:
+        own.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {own.out}: cannot be made a folder ({error.strerror}); name another") from None
     for path in own.images:
         if not path.is_file():
             raise InputError(f"--images {path}: no such file")
@@ -65,9 +71,9 @@ def main(argv: Sequence[str]) -> None:
     from minigpt5.conversation import Conversation
     from minigpt5.images import open_picture
 
-    pictures = [open_picture(path) for path in (own.images if own.prompt else STORY_PICTURES)]
+    text, paths = (STORY, STORY_PICTURES) if own.prompt is None else (own.prompt, own.images)
     try:
-        prompt = Conversation().ask(own.prompt or STORY, pictures)
+        prompt = Conversation().ask(text, [open_picture(path) for path in paths])
     except ValueError as error:
         raise InputError(f"--prompt: {error}") from None
 
@@ -76,7 +82,6 @@ def main(argv: Sequence[str]) -> None:
     model = open_model(config)
     if not model.fits(prompt):
         raise InputError("--prompt: longer than the model can read (the tokenizer's model_max_length); shorten it")
-    own.out.mkdir(parents=True, exist_ok=True)
     for number in range(own.replies):
         reply = model.generate([prompt], replace(config.generation, seed=config.generation.seed + number))[0]
         print(f"{number}: {reply.text or '(no text)'}")

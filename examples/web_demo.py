@@ -3,13 +3,14 @@ r"""A chat page for MiniGPT-5: write, attach pictures, get text and pictures bac
     python examples/web_demo.py --config config/tiny.yaml --test_weight stage2_vist.ckpt \
         --stage1_weight stage1_cc3m.ckpt --stage multimodal
 
-Needs gradio: ``pip install gradio``. The page is served on this machine only, unless ``--share`` or ``--host``
+Needs gradio 6: ``pip install gradio``. The page is served on this machine only, unless ``--share`` or ``--host``
 says otherwise. Every flag of ``train_eval.py`` that chooses a model or how it decodes works here too.
 """
 
 import argparse
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,8 +44,22 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--test_weight: give the checkpoint to talk to")
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the web demo needs gradio: pip install gradio")
+    check_port(own.host, own.port)
     page = build_page(config)
     page.launch(server_name=own.host, server_port=own.port, share=own.share)
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that the page can be served there, before a model is loaded for it.
+
+    Raises:
+        InputError: the port is taken, or not this machine's to give.
+    """
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {host} --port {port}: cannot be served on ({error}); give another") from None
 
 
 def build_page(config: RunConfig) -> Any:
@@ -67,8 +82,8 @@ def build_page(config: RunConfig) -> Any:
         steps: int,
     ) -> tuple[list[dict[str, Any]], Conversation, dict[str, Any]]:
         chat = chat or Conversation()
-        pictures = [open_picture(Path(path)) for path in message["files"]]
         try:
+            pictures = [open_picture(Path(path)) for path in message["files"]]
             prompt = chat.ask(message["text"], pictures, model.fits)
         except ValueError as error:
             raise gradio.Error(str(error)) from None

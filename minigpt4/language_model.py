@@ -66,6 +66,12 @@ def load_language_model(
         model, info = _load_folder(folder, architecture, dtype, _placement(config, dtype, device))
     except InputError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{FLAG}.weights: {folder}: the GPU has too little free memory for it; give --quantization 8bit or "
+            "4bit, or a larger or idle card (train_eval.py --plan says what a run needs): "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     except Exception as error:  # a damaged file raises nearly anything here, SafetensorError to IndexError
         raise InputError(f"{FLAG}.weights: {folder}: cannot be loaded: {error}") from None
     if info["mismatched_keys"]:

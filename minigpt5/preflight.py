@@ -1,5 +1,6 @@
 """Everything that can be known to be missing before a run starts, gathered into one error."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,11 @@ def _check_features(data: DataConfig, name: Path, split: Split) -> None:
     dataset = detect_dataset(data.folder / name) if data.dataset is DatasetName.AUTO else data.dataset
     if dataset is DatasetName.CC3M:
         check_feature_folder(data.feature_folder)
+    elif split is Split.TRAIN:
+        notice = (
+            f"notice: PREPROCESS_FEATURE_FOLDER (data.feature_folder) is for CC3M; {dataset.value} is not trained"
+        )
+        print(f"{notice} on what {data.feature_folder} holds", file=sys.stderr)
 
 
 def _missing_checkpoints(config: RunConfig) -> Iterator[str]:

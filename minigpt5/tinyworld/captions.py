@@ -130,9 +130,14 @@ def read_attributes(text: str) -> dict[str, str]:
     return found
 
 
+def split_things(text: str) -> list[str]:
+    """Return the parts of a text that tell of one thing each."""
+    return _BETWEEN_THINGS.split(text)
+
+
 def read_things(text: str) -> list[dict[str, str]]:
     """Return what :func:`read_attributes` finds of each thing in a caption, with its background."""
-    read = [read_attributes(part) for part in _BETWEEN_THINGS.split(text)]
+    read = [read_attributes(part) for part in split_things(text)]
     ground = {name: value for found in read for name, value in found.items() if name == "background"}
     return [found | ground for found in read]
 

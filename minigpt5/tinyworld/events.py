@@ -11,6 +11,7 @@ from minigpt5.tinyworld.captions import (
     SIZE_WORDS,
     noun_phrase,
     read_attributes,
+    split_things,
 )
 from minigpt5.tinyworld.scenes import (
     BACKGROUNDS,
@@ -114,16 +115,18 @@ def _describe_background(background: str, rng: Random) -> str:
 def fits(text: str, scene: Scene, before: Scene | None = None) -> bool:
     """Whether a story's sentence can stand under a picture of ``scene``.
 
-    Everything it names must be true of one thing and of the background. A thing that leaves must be gone, and must
-    have been there ``before``. A sentence that names nothing does not fit.
+    What it names of a thing must be true of one thing, if it tells of two then of one each, and what it names of
+    the background of that. A thing that leaves must be gone, and must have been there ``before``. A sentence that
+    names nothing does not fit.
     """
-    said, background = _said(text)
-    if background not in (None, scene.background):
+    things, backgrounds = _said(text)
+    if backgrounds - {scene.background}:
         return False
-    is_there = _any_is(scene.things, said)
+    is_there = [_any_is(scene.things, said) for said in things]
     if _tells_that_something_leaves(text):
-        return bool(said) and not is_there and before is not None and _any_is(before.things, said)
-    return is_there and bool(said or background)
+        was_there = [before is not None and _any_is(before.things, said) for said in things]
+        return bool(things) and not any(is_there) and all(was_there)
+    return all(is_there) and bool(things or backgrounds)
 
 
 def tells_news(text: str, scene: Scene, before: Scene) -> bool:
@@ -133,23 +136,29 @@ def tells_news(text: str, scene: Scene, before: Scene) -> bool:
     """
     if not fits(text, scene, before):
         return False
-    said, background = _said(text)
+    things, backgrounds = _said(text)
     new = [thing for thing in scene.things if thing not in before.things]
     gone = [thing for thing in before.things if thing not in scene.things]
     return (
         _tells_that_something_leaves(text)
-        or (background is not None and background != before.background)
-        or (bool(said) and _any_is(new, said) and not _any_is(gone, said))
+        or bool(backgrounds - {before.background})
+        or any(_any_is(new, said) and not _any_is(gone, said) for said in things)
     )
 
 
-def _said(text: str) -> tuple[dict[str, str], str | None]:
-    """Return what a sentence says of a thing, attribute → value, and of the background."""
-    said = dict(read_attributes(text))
-    said |= dict(value for words, value in _MEANS.items() if words in text.lower())
-    if moved := re.search(rf"\bto the ({'|'.join(sorted(POSITIONS, key=len, reverse=True))})\b", text.lower()):
-        said["position"] = moved[1]
-    return said, said.pop("background", None)
+def _said(text: str) -> tuple[list[dict[str, str]], set[str]]:
+    """Return what a sentence says of each thing that it tells of, attribute → value, and of the background."""
+    things, backgrounds = [], set()
+    for part in split_things(text.lower()):
+        said = read_attributes(part)
+        said |= dict(value for words, value in _MEANS.items() if words in part)
+        if moved := re.search(rf"\bto the ({'|'.join(sorted(POSITIONS, key=len, reverse=True))})\b", part):
+            said["position"] = moved[1]
+        if background := said.pop("background", None):
+            backgrounds.add(background)
+        if said:
+            things.append(said)
+    return things, backgrounds
 
 
 def _any_is(things: Sequence[Thing], said: Mapping[str, str]) -> bool:

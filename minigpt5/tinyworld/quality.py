@@ -15,7 +15,7 @@ from minigpt4.errors import InputError
 from minigpt5.data.types import Task
 from minigpt5.predictions import Prediction, read_predictions
 from minigpt5.tinyworld.events import fits, tells_news
-from minigpt5.tinyworld.recogniser import Agreement, compare, recognise
+from minigpt5.tinyworld.recogniser import Agreement, compare, recognise, shows_things
 from minigpt5.tinyworld.scenes import MOST_THINGS
 
 _STEP = re.compile(r"(.+)_(\d+)-\w+")
@@ -136,9 +136,9 @@ def _whole_pictures(folder: Path, predictions: Sequence[Prediction]) -> dict[str
     whole, both = [], []
     for prediction in filter(is_determined, predictions):
         wanted = recognise(_open(folder, prediction.target_images[0]))
-        made = recognise(_open(folder, prediction.images[0])) if prediction.images else None
-        has_things = made is not None and set(made.things) == set(wanted.things)
-        whole.append(has_things and made is not None and made.background == wanted.background)
+        made = _open(folder, prediction.images[0]) if prediction.images else None
+        has_things = made is not None and shows_things(wanted, made)
+        whole.append(has_things and made is not None and recognise(made).background == wanted.background)
         if len(wanted.things) == MOST_THINGS:
             both.append(has_things)
     return {"whole_picture": whole, "both_things": both}

@@ -4,6 +4,7 @@ Exact on rendered pictures, also after JPEG; on blurred, noisy or generated ones
 Shapes: Y rows and X columns (64 each), K a normalised patch's side.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -28,7 +29,7 @@ BoolArray = NDArray[np.bool_]
 _MIN_DISTANCE = 45.0
 """RGB distance from the background at which a pixel may belong to a thing; textures stay below it."""
 _MIN_AREA = 12.0
-"""Pixels that a second thing covers at least; the smallest one rendered covers about 45."""
+"""Pixels that a further thing covers at least; the smallest one rendered covers about 45."""
 _BLUR_PENALTY = 60.0
 """RGB distance that a wholly transparent colour would be charged; small blurred rings are about 0.8 opaque."""
 _PATCH_SIDE = 24
@@ -56,21 +57,22 @@ class Agreement:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def recognise(picture: Image.Image) -> Scene:
+def recognise(picture: Image.Image, most_things: int = MOST_THINGS) -> Scene:
     """Read a scene back from a picture.
 
     Args:
         picture: any size and mode; it is resized to 64 × 64 RGB.
+        most_things: that are looked for.
 
     Returns:
-        The nearest scene: one or two things, larger area first, and the background. A picture without any
+        The nearest scene: one or more things, larger area first, and the background. A picture without any
         object still gives the thing that its largest deviation from the background resembles most.
     """
     pixels_YX3 = _to_pixels(picture)
     background, canvas_YX3 = _find_background(pixels_YX3)
     distance_YX = np.linalg.norm(pixels_YX3 - canvas_YX3, axis=2)
-    things = [_identify(pixels_YX3, canvas_YX3, blob_YX) for blob_YX in _find_blobs(_smooth(distance_YX))]
-    return Scene(tuple(things), background)
+    blobs = _find_blobs(_smooth(distance_YX), most_things)
+    return Scene(tuple(_identify(pixels_YX3, canvas_YX3, blob_YX) for blob_YX in blobs), background)
 
 
 def compare(wanted: Scene, picture: Image.Image) -> Agreement:
@@ -82,6 +84,12 @@ def compare(wanted: Scene, picture: Image.Image) -> Agreement:
     ]
     best: Mapping[str, bool] = max(checks, key=lambda check: sum(check.values()))
     return Agreement(**best, background=found.background == wanted.background)
+
+
+def shows_things(wanted: Scene, picture: Image.Image) -> bool:
+    """Whether a picture shows the wanted things, in every attribute, and no other; on whatever background."""
+    found = recognise(picture, len(wanted.things) + 1)
+    return Counter(found.things) == Counter(wanted.things)
 
 
 def _to_pixels(picture: Image.Image) -> FloatArray:
@@ -110,13 +118,13 @@ def _smooth(values_YX: FloatArray) -> FloatArray:
     return np.mean([padded[y : y + rows, x : x + columns] for y in range(3) for x in range(3)], axis=0)
 
 
-def _find_blobs(distance_YX: FloatArray) -> list[BoolArray]:
-    """Return the regions of at most two things, larger first, and at least one region."""
+def _find_blobs(distance_YX: FloatArray, most: int) -> list[BoolArray]:
+    """Return the regions of at most so many things, larger first, and at least one region."""
     threshold = min(_MIN_DISTANCE, 0.5 * float(distance_YX.max()))
     blobs = sorted(_components(distance_YX > threshold), key=lambda blob: -float(distance_YX[blob].sum()))
     if not blobs:
         return [np.ones_like(distance_YX, dtype=np.bool_)]
-    rest = [blob for blob in blobs[1:MOST_THINGS] if blob.sum() >= _MIN_AREA]
+    rest = [blob for blob in blobs[1:most] if blob.sum() >= _MIN_AREA]
     return [blobs[0], *rest]
 
 

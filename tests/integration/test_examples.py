@@ -4,6 +4,8 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+from threading import Event
 
 import pytest
 from PIL import Image
@@ -37,6 +39,10 @@ def test_playground_writes_a_picture_a_reply(tmp_path):
         ([*BUNDLED, "--prompt", "look", "--images", "nowhere.jpg"], "--images nowhere.jpg: no such file"),
         ([*BUNDLED, "--images", "story_0.png"], "--images: needs --prompt"),
         ([*BUNDLED, "--promt", "look"], "unknown flag --promt"),
+        ([*BUNDLED, "--replies", "0"], "--replies 0: give at least 1"),
+        ([*BUNDLED, "--out", "story_0.png"], "--out story_0.png: cannot be made a folder"),
+        # an empty question is one, with a picture that is looked at
+        ([*BUNDLED, "--prompt", "", "--images", "playground.py"], "playground.py: not a readable picture"),
     ],
 )
 def test_playground_refuses_what_it_cannot_use(argv, words):
@@ -77,6 +83,28 @@ def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch, core
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     demo["run_jobs"](tmp_path, "config/tiny.yaml")
     assert calls == [alone, *[beside] * 8]
+
+
+def test_demo_begins_nothing_once_a_job_has_failed(tmp_path, monkeypatch, capsys):
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"))
+    names, begun, failed, calls = demo["run_jobs"].__globals__, Event(), Event(), []
+
+    def run_command(arguments, variables, log=None):
+        calls.append(arguments)
+        if "VIST" in variables["DATAFOLDER"]:
+            assert begun.wait(10)
+            failed.set()
+            raise subprocess.CalledProcessError(2, ["python", "train_eval.py"])
+        if "MMDialog" in variables["DATAFOLDER"]:
+            begun.set()
+            assert failed.wait(10)
+            time.sleep(0.5)
+
+    monkeypatch.setitem(names, "run", run_command)
+    with pytest.raises(subprocess.CalledProcessError):
+        demo["run_jobs"](tmp_path, "config/tiny.yaml")
+    assert ["--is_training" in call for call in calls] == [True] * 3
+    assert "error: train_eval.py: ended with 2; what runs beside it ends first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GOMP_SPINCOUNT"])

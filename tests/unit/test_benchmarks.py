@@ -1,6 +1,7 @@
 """The benchmarks compare equals, and write down what they find."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import data, floor, generate, harness, load, metric, reference, run, train
-from benchmarks.harness import Row, Settings, alternate
+from benchmarks.harness import Row, Settings, alternate, assert_close
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, Stage, load_config
 from minigpt5.model import build_random
@@ -23,6 +24,22 @@ def settings(suite: str) -> Settings:
 def test_our_training_steps_are_the_reference_paths(stage):
     line = train._Paths(settings("train"), stage).check_equal()
     assert line.startswith("losses of 3 steps")
+
+
+def test_what_is_no_number_is_not_equal():
+    assert "largest relative difference 1.0e-01" in assert_close("losses", [1.0, 2.0], [1.1, 2.0], 0.2)
+    for first, second in (([1.0], [1.3]), ([math.nan], [1.0]), ([1.0, 1.0], [1.0, math.nan])):
+        with pytest.raises(AssertionError, match="losses: the paths differ"):
+            assert_close("losses", first, second, 0.2)
+
+
+def test_a_reply_that_ends_early_is_not_timed(monkeypatch):
+    for name, value in {"BATCH_SIZE": 1, "NEW_TOKENS": 12, "STEPS": 1}.items():
+        monkeypatch.setattr(generate, name, value)
+    paths = generate._Paths(settings("generate"))
+    paths.config = replace(paths.config, max_new_tokens=4)
+    with pytest.raises(AssertionError, match="ended by itself after"):
+        paths.check_equal()
 
 
 def test_our_batched_replies_are_the_reference_paths_one_by_one(monkeypatch):

@@ -16,6 +16,7 @@ from minigpt5.arguments import parse_arguments, resolve_config
 from minigpt5.config import PROJECT_ROOT
 from minigpt5.data.prepare import __main__ as prepare
 from minigpt5.tinyworld import __main__ as tinyworld
+from minigpt5.tinyworld.pretraining.parts import PARTS
 
 DOCUMENTS = [
     *PROJECT_ROOT.glob("*.md"),
@@ -30,6 +31,14 @@ def test_relative_links_lead_somewhere(document: Path):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8"))
     broken = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert broken == []
+
+
+def test_the_card_has_the_recipes_steps():
+    card = (PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d ]+) × (\d+)[^|]*\|$", card, re.MULTILINE)
+    assert {name: int(steps.replace(" ", "")) for name, steps, _ in rows} == {
+        name: part.recipe.steps for name, part in PARTS.items()
+    }
 
 
 COMMANDS = [

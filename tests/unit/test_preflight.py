@@ -111,9 +111,11 @@ def test_a_limited_file_ends_with_a_whole_line(tmp_path):
     ],
     ids=["CC3M", "generating", "MMDialog"],
 )
-def test_a_missing_feature_folder_is_told_where_it_is_used(tmp_path, name, text, is_training, is_told):
+def test_a_missing_feature_folder_is_told_where_it_is_used(tmp_path, capsys, name, text, is_training, is_told):
     data = replace(prepare(tmp_path, name, text), feature_folder=tmp_path / "absent")
     with pytest.raises(InputError) as told:
         check_run(paper_run(data, is_training=is_training))
     assert "/absent/sd" in str(told.value)
     assert (f"{tmp_path / 'absent'}: no such feature folder" in str(told.value)) is is_told
+    is_noticed = "(data.feature_folder) is for CC3M; mmdialog is not trained on" in capsys.readouterr().err
+    assert is_noticed is (name == "a.txt")

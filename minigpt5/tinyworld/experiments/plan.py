@@ -1,8 +1,8 @@
 """From comparisons to runs: which trainings and predictions a cell needs, and the keys they are found by.
 
 A run's key is a hash of everything its outcome depends on: the resolved configuration, the data's sizes, the
-foundation weights, and the run it starts from. Cells that share a training so share its key, and a run whose
-configuration changed has another one.
+foundation weights, the precision that this machine computes in, and the run it starts from. Cells that share a
+training so share its key, and a run whose configuration changed has another one.
 """
 
 import json
@@ -17,11 +17,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from minigpt5.config import PROJECT_ROOT, RunConfig, Stage, load_config
+from minigpt5.hardware import choose_hardware
 from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, STORIES, Comparison, Sizes, Variant
 from minigpt5.tinyworld.stories import STORY_LENGTH
 
 TINY = PROJECT_ROOT / "config" / "tiny.yaml"
-FORMAT = 2
+FORMAT = 3
 """Part of every key and of the data's folder; raised when data, trainings or measures change in a way that no
 setting shows."""
 DATA_SEED = 0
@@ -101,6 +102,16 @@ class Plan:
         seeing = [backbone.vision.weights, backbone.qformer.weights, backbone.projection_weights]
         return {Stage.ALIGNMENT: _digest(drawing), Stage.MULTIMODAL: _digest(drawing + seeing)}
 
+    @cached_property
+    def precision(self) -> str:
+        """Return what ``training.precision: auto`` means on this machine."""
+        return choose_hardware(load_config(TINY, {}, {}).training).precision
+
+    def seeds_done(self, comparison: Comparison) -> int:
+        """Return how many seeds of a comparison have been measured so far, by whatever call."""
+        results = self._cell_folder(comparison).glob("*-seed*.json")
+        return 1 + max((int(path.stem.rpartition("-seed")[2]) for path in results), default=-1)
+
     def cells(self, comparison: Comparison, seeds: int) -> list[Cell]:
         """Return a comparison's cells, one for each variant and seed."""
         return [self._cell(comparison, variant, seed) for variant in comparison.variants for seed in range(seeds)]
@@ -113,8 +124,11 @@ class Plan:
             seed,
             {**variant.both, **variant.stage2, **variant.predicting},
             prediction,
-            self.folder / "cells" / comparison.name / f"{_file_name(variant.label)}-seed{seed}.json",
+            self._cell_folder(comparison) / f"{_file_name(variant.label)}-seed{seed}.json",
         )
+
+    def _cell_folder(self, comparison: Comparison) -> Path:
+        return self.folder / "cells" / comparison.name
 
     def _prediction(self, data: str, variant: Variant, seed: int) -> Prediction:
         training = self._training(CAPTIONS, variant, seed) if data == CAPTIONS else self._stage2(variant, seed)
@@ -192,7 +206,15 @@ class Plan:
         # Folders are not what a result depends on; what is in them is.
         content["data"] = {name: value for name, value in values["data"].items() if name != "folder"}
         content["model"] = _without_sources(content["model"])
-        known = [FORMAT, DATA_SEED, HELD_OUT_SEED, self.foundations[config.stage], content, further]
+        known = [
+            FORMAT,
+            DATA_SEED,
+            HELD_OUT_SEED,
+            self.foundations[config.stage],
+            self.precision,
+            content,
+            further,
+        ]
         return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:_KEY_LENGTH]
 
 

@@ -1,7 +1,9 @@
 """The command: find what is missing, do it, and write the report."""
 
+import fcntl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -41,37 +43,54 @@ def run_experiments(
         0, or 1 if a cell has no result.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or another program works in the folder.
         KeyboardInterrupt: on Ctrl-C, after the report of what is there.
     """
     if unknown := sorted(set(names) - set(comparisons)):
         raise InputError(f"--only {' '.join(unknown)}: no such comparison; there are {', '.join(comparisons)}")
     plan = Plan(folder.resolve(), sizes)
-    wanted = [comparison for name, comparison in comparisons.items() if not names or name in names]
-    cells = {one.name: plan.cells(one, seeds or one.seeds) for one in wanted}
-    waiting = [cell for group in cells.values() for cell in group if cell.result() is None]
-    total = sum(map(len, cells.values()))
-    print(f"{total} cells, {total - len(waiting)} of them there already", file=sys.stderr)
-    failures: dict[str, str] = {}
-    interruption: JobsInterrupted | None = None
-    if waiting:
-        write_data(plan)
+    with alone_in(plan.folder):
+        wanted = [comparison for name, comparison in comparisons.items() if not names or name in names]
+        cells = {one.name: plan.cells(one, seeds or one.seeds) for one in wanted}
+        waiting = [cell for group in cells.values() for cell in group if cell.result() is None]
+        total = sum(map(len, cells.values()))
+        print(f"{total} cells, {total - len(waiting)} of them there already", file=sys.stderr)
+        failures: dict[str, str] = {}
+        interruption: JobsInterrupted | None = None
+        if waiting:
+            write_data(plan)
+            try:
+                failures = run_jobs(plan_jobs(waiting, plan.folder / "logs"), jobs)
+            except JobsInterrupted as error:
+                failures, interruption = error.failures, error
+        missing = {
+            cell.name: failures.get(cell.prediction.key, "not run") for cell in waiting if cell.result() is None
+        }
+        # What earlier calls found is shown too.
+        shown = {
+            one.name: plan.cells(one, max(seeds or 0, one.seeds, plan.seeds_done(one)))
+            for one in comparisons.values()
+        }
+        report = write_report(plan.folder, shown, list(comparisons.values()), sizes, command, missing)
+        print(f"report: {report}")
+        for name, reason in missing.items():
+            print(f"no result: {name}: {reason}", file=sys.stderr)
+        if interruption is not None:
+            raise interruption
+        return FAILED if missing else 0
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other programs out of a folder meanwhile: two would remove each other's half-done trainings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
         try:
-            failures = run_jobs(plan_jobs(waiting, plan.folder / "logs"), jobs)
-        except JobsInterrupted as error:
-            failures, interruption = error.failures, error
-    missing = {
-        cell.name: failures.get(cell.prediction.key, "not run") for cell in waiting if cell.result() is None
-    }
-    # What earlier calls found is shown too.
-    shown = {one.name: plan.cells(one, max(seeds or 0, one.seeds)) for one in comparisons.values()}
-    report = write_report(plan.folder, shown, list(comparisons.values()), sizes, command, missing)
-    print(f"report: {report}")
-    for name, reason in missing.items():
-        print(f"no result: {name}: {reason}", file=sys.stderr)
-    if interruption is not None:
-        raise interruption
-    return FAILED if missing else 0
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"--out {folder}: experiments are running there; wait for them, or give another folder"
+            raise InputError(message) from None
+        yield
 
 
 def plan_jobs(cells: Sequence[Cell], logs: Path) -> list[Job]:

@@ -37,7 +37,7 @@ def measure(prediction: Prediction) -> dict[str, Any]:
 
 
 def _on_one_device(config: RunConfig) -> RunConfig:
-    """Return a job's settings for one GPU: several are used by starting this whole program once for each."""
+    """Return a job's settings for one GPU; several take a program each, with an ``--out`` of its own."""
     import torch
 
     if not torch.cuda.is_available():

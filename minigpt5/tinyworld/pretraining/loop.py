@@ -287,10 +287,10 @@ class _Run:
             raise InputError(f"{self.path}: does not fit ({reason}); give another --out or remove it") from None
         self.step, self.seconds, self.recent = content["step"], content["seconds"], content["recent"]
         planned, asked = content["settings"]["steps"], self.settings["steps"]
-        if asked < self.step < planned:
+        if self.step < planned != asked:
             raise InputError(
-                f"{self.path}: ended at step {self.step} of {planned}, so with {asked} steps its schedule would "
-                "never have come to its end; give the same --scale, or remove it"
+                f"{self.path}: ended at step {self.step} of {planned}; with {asked} steps it would go on by "
+                "another schedule than it began with; give the same --scale, or remove it"
             )
 
 

@@ -167,6 +167,16 @@ def test_float16_files_of_every_layout_are_converted_exactly(tmp_path, name, sha
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies)
 
 
+def test_too_little_memory_on_the_gpu_is_no_damaged_file(tmp_path, monkeypatch):
+    def fill_up(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 172.00 MiB.\nmore")
+
+    monkeypatch.setattr("minigpt4.language_model._load_folder", fill_up)
+    with pytest.raises(InputError, match="too little free memory .* --quantization 8bit or 4bit") as told:
+        load_language_model(LanguageModelConfig(weights=str(copy_llama(tmp_path))), torch.float32)
+    assert "cannot be loaded" not in str(told.value)
+
+
 @pytest.mark.parametrize("is_zip", [True, False], ids=["mapped", "read into memory"])
 def test_keys_of_one_storage_are_all_converted(tmp_path, is_zip):
     """A converted tensor's pages are given back, and the next key needs them again."""

@@ -14,6 +14,7 @@ from scipy import stats
 
 from minigpt4.errors import InputError
 from minigpt5.config import PROJECT_ROOT
+from minigpt5.hardware import Hardware
 from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.experiments import plan as plans
 from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, COMPARISONS, STORIES, Comparison, Sizes, Variant
@@ -21,7 +22,7 @@ from minigpt5.tinyworld.experiments.intervals import mean_interval
 from minigpt5.tinyworld.experiments.jobs import Job, JobsInterrupted, run_jobs
 from minigpt5.tinyworld.experiments.plan import Plan
 from minigpt5.tinyworld.experiments.report import collect, counted, draw, table
-from minigpt5.tinyworld.experiments.run import plan_jobs, run_experiments
+from minigpt5.tinyworld.experiments.run import alone_in, plan_jobs, run_experiments
 from minigpt5.tinyworld.quality import MEANINGS
 
 TINY = Sizes(captions=4, stories=1, held_out=2, steps=(2, 2), batch_size=2)
@@ -114,6 +115,14 @@ def test_keys_depend_on_settings_and_sizes_but_not_on_folders(plan, tmp_path):
     assert changed[0] == first and changed[1] != second and changed[2] != replies
     changed = keys(both={"loss.min_snr_gamma": None})
     assert changed[0] != first and changed[1] != second and changed[2] != replies
+
+
+def test_keys_depend_on_the_precision_that_the_machine_has(plan, monkeypatch):
+    (cell,) = plan.cells(COMPARISONS["context"], 1)[:1]
+    monkeypatch.setattr(plans, "choose_hardware", lambda training: Hardware((0,), "bf16-mixed"))
+    (elsewhere,) = Plan(plan.folder, TINY).cells(COMPARISONS["context"], 1)[:1]
+    assert elsewhere.prediction.training.key != cell.prediction.training.key
+    assert elsewhere.prediction.key != cell.prediction.key
 
 
 # ---- jobs --------------------------------------------------------------------------------------------------
@@ -255,6 +264,22 @@ def test_a_cell_that_fails_is_named_and_the_others_are_done(tmp_path, capsys):
     report = (tmp_path / "results.md").read_text()
     assert "**1 cells have no result:**" in report and "| without | – | 0 |" in report
     assert set(written(tmp_path, "cells/*/*.json")) == {"with-seed0.json"}
+
+
+def test_two_programs_do_not_work_in_one_folder(tmp_path):
+    with alone_in(tmp_path), pytest.raises(InputError, match=r"--out .*: experiments are running there"):
+        run_experiments(tmp_path, (), sizes=TINY, command="x", comparisons={})
+    assert run_experiments(tmp_path, (), sizes=TINY, command="x", comparisons={}) == 0
+
+
+def test_seeds_that_an_earlier_call_measured_stay_in_the_table(plan, capsys):
+    comparison = Comparison("x", "X", CAPTIONS, ("shape_and_colour",), (Variant("one"),))
+    for cell in plan.cells(comparison, 5):
+        cell.path.parent.mkdir(parents=True, exist_ok=True)
+        share = {"right": 1, "total": 2, "value": 0.5}
+        cell.path.write_text(json.dumps({"key": cell.prediction.key, "measures": {"shape_and_colour": share}}))
+    assert run_experiments(plan.folder, (), sizes=TINY, command="x", seeds=1, comparisons={"x": comparison}) == 0
+    assert "| one | 50.0 ± 0.0 | 5 |" in (plan.folder / "results.md").read_text()
 
 
 def test_table_and_plot_of_several_seeds(plan, tmp_path):

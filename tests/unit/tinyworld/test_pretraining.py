@@ -24,9 +24,11 @@ from minigpt5.tinyworld.foundations import (
 )
 from minigpt5.tinyworld.pretraining.blanks import (
     ACCORD_CONTEXT_WEIGHT,
+    ACCORD_READING_NOISE,
     CONTEXT_WEIGHT,
     COUNT,
     LOUDNESS,
+    READING_NOISE,
     WORDS,
     AccordReader,
     BlankObjective,
@@ -640,19 +642,26 @@ def test_the_context_weight_weighs_the_context(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "reader", "weight"),
-    [("blanks", BlankReader, CONTEXT_WEIGHT), ("accord", AccordReader, ACCORD_CONTEXT_WEIGHT)],
+    ("name", "reader", "weight", "noise"),
+    [
+        ("blanks", BlankReader, CONTEXT_WEIGHT, READING_NOISE),
+        ("accord", AccordReader, ACCORD_CONTEXT_WEIGHT, ACCORD_READING_NOISE),
+    ],
 )
-def test_each_part_of_unseen_tokens_has_its_reader_and_weight(folder, tmp_path, monkeypatch, name, reader, weight):
+def test_each_part_of_unseen_tokens_has_its_reader_weight_and_noise(
+    folder, tmp_path, monkeypatch, name, reader, weight, noise
+):
     place = Place(tmp_path / "weights", 5, CPU)
     shutil.copytree(folder, place.folder, ignore=shutil.ignore_patterns("pretraining"))
     trained = []
     monkeypatch.setattr(
         "minigpt5.tinyworld.pretraining.parts.train",
-        lambda part, module, loss_of, *rest: trained.append((part, type(module), loss_of.context_weight)) or {},
+        lambda part, module, loss_of, *rest: (
+            trained.append((part, type(module), loss_of.context_weight, loss_of.reading_noise)) or {}
+        ),
     )
     PARTS[name].run(place, PARTS[name].recipe, 8)
-    assert trained == [(name, reader, weight)]
+    assert trained == [(name, reader, weight, noise)]
 
 
 def test_what_another_version_of_a_part_trained_is_not_done(tmp_path):
@@ -840,14 +849,14 @@ def test_noise_and_sameness_come_once_captions_are_read(folder, monkeypatch, sca
     assert shares[2] == pytest.approx(shares[3] / 2, rel=1e-3) and shares[3] == shares[4] > 0
 
 
-def test_a_killed_run_does_not_end_where_its_schedule_was_under_way(tmp_path, pool):
+def test_a_killed_run_does_not_go_on_by_another_schedule(tmp_path, pool):
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         vae_run(folder, pool, stop_after=4)
-    with pytest.raises(
-        InputError, match="ended at step 4 of 6, so with 2 steps .* give the same --scale, or remove it"
-    ):
-        vae_run(folder, pool, recipe=replace(QUICK, steps=2))
+    for steps in (2, 5, 12):
+        message = f"ended at step 4 of 6; with {steps} steps .* give the same --scale, or remove it"
+        with pytest.raises(InputError, match=message):
+            vae_run(folder, pool, recipe=replace(QUICK, steps=steps))
     vae_run(folder, pool)
     vae_run(folder, pool, recipe=replace(QUICK, steps=2))  # of a run that came to its end, more is no harm
 

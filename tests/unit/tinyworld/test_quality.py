@@ -68,6 +68,14 @@ def test_a_thing_too_many_or_another_background_is_not_the_whole_picture(tmp_pat
     assert found["shape_and_colour"] == (3, 3)
 
 
+def test_of_two_wanted_things_a_third_is_one_too_many(tmp_path):
+    both, third = Scene((STAR, RING), "snow"), Thing("heart", "pink", "small", "middle")
+    three = Scene((STAR, RING, third), "snow")
+    found = store(tmp_path, "cc3m", *(("caption", "", both, one, None) for one in (both, three)))
+    assert found["whole_picture"] == found["both_things"] == (1, 2)
+    assert found["all_attributes"] == (4, 4)
+
+
 def test_to_show_the_picture_before_again_is_no_whole_picture(tmp_path):
     """Of the wanted things most are often there already, but a story's next picture is another one."""
     both = Scene((STAR, RING), "snow")

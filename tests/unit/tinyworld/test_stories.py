@@ -109,6 +109,17 @@ def test_a_sentence_that_names_nothing_fits_no_picture(text):
     assert not fits(text, random_scene(seeded(0, "train", 0), "train"))
 
 
+def test_each_of_two_things_that_a_sentence_names_must_be_there():
+    star, ring = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
+    both, alone = Scene((star, ring), "snow"), Scene((star,), "snow")
+    text = "a big red star at the top and a small blue ring at the bottom on the snow ."
+    assert fits(text, both)
+    assert tells_news(text, both, alone)
+    assert not fits(text, alone)
+    assert not fits("a big red star at the top and a small pink ring at the bottom on the snow .", both)
+    assert not fits("a big red star at the top on the snow and a small blue ring at night .", both)
+
+
 def test_only_what_was_there_can_leave():
     star, ring = Thing("star", "red", "big", "top"), Thing("ring", "blue", "small", "bottom")
     both, alone = Scene((star, ring), "snow"), Scene((star,), "snow")
