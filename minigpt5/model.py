@@ -31,8 +31,8 @@ from minigpt5.mapper import FeatureMapper
 from minigpt5.replies import make_reply
 from minigpt5.vokens import IGNORE_INDEX, VokenIds, VokenRows, gather_vokens, voken_starts
 
-_PICTURES_AT_ONCE = 16
-"""Prompts' pictures that the vision encoder takes at once while generating."""
+PICTURES_AT_ONCE = 16
+"""Prompts' pictures that the vision encoder takes at once while generating, and pictures of a diffusion batch."""
 
 
 class MiniGPT5(nn.Module):
@@ -369,20 +369,20 @@ class MiniGPT5(nn.Module):
         """Yield what stands for each picture of all prompts, ``[L, H]``, in order."""
         transform = images.input_transform(self.config.backbone.vision.image_size)
         pixels = [transform(image) for request in requests for image in request.images]
-        for start in range(0, len(pixels), _PICTURES_AT_ONCE):
-            chunk = torch.stack(pixels[start : start + _PICTURES_AT_ONCE])
+        for start in range(0, len(pixels), PICTURES_AT_ONCE):
+            chunk = torch.stack(pixels[start : start + PICTURES_AT_ONCE])
             yield from self.backbone.encode_images(chunk.to(self.device, self._language_dtype))
 
     @torch.no_grad()
     def render(self, vokens_RNH: Tensor, seeds: Sequence[int], config: GenerationConfig) -> list[Image.Image]:
-        """Render one picture for each run of voken states, in diffusion batches of :data:`_PICTURES_AT_ONCE`."""
+        """Render one picture for each run of voken states, in diffusion batches of :data:`PICTURES_AT_ONCE`."""
         condition_RQE = self.condition(vokens_RNH)
         negative_1QE = self.condition(torch.zeros_like(vokens_RNH[:1]))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         size = self.config.diffusion.image_size
         rendered: list[Image.Image] = []
-        for start in range(0, len(seeds), _PICTURES_AT_ONCE):
-            some = slice(start, start + _PICTURES_AT_ONCE)
+        for start in range(0, len(seeds), PICTURES_AT_ONCE):
+            some = slice(start, start + PICTURES_AT_ONCE)
             negative_RQE = negative_1QE.expand_as(condition_RQE[some])
             rendered += self.diffusion.render(condition_RQE[some], negative_RQE, config, generators[some], size)
         return rendered

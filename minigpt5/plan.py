@@ -14,6 +14,7 @@ from minigpt5.config import RunConfig, Stage
 from minigpt5.hardware import FROZEN_DTYPES
 from minigpt5.kv_cache import fixed_room, room_after
 from minigpt5.model import MiniGPT5, build_random
+from minigpt5.preflight import check_settings
 from minigpt5.replay import Replay, Workload, is_frozen_part
 from minigpt5.strategies import SHARDED
 
@@ -157,6 +158,18 @@ def _part(name: str) -> str:
     return names.get(first, second.replace("_", " "))
 
 
+def planned_strategy(config: RunConfig, devices: int) -> str:
+    """Return the strategy that shares a training out; one device has nothing to share.
+
+    Raises:
+        InputError: one that the plan has no formula for.
+    """
+    name = config.training.strategy
+    if name not in _STRATEGIES:
+        raise InputError(f"--plan: no formula for --strategy {name}; known: {', '.join(_STRATEGIES)}")
+    return name if devices > 1 else "auto"
+
+
 def plan_training(config: RunConfig, weights: WeightBytes, replay: Replay, load: Workload, devices: int) -> Plan:
     """Return the bytes on each device while training.
 
@@ -173,10 +186,8 @@ def plan_training(config: RunConfig, weights: WeightBytes, replay: Replay, load:
         InputError: a strategy that the plan has no formula for.
     """
     training = config.training
+    strategy = planned_strategy(config, devices)
     phases = replay.training(training.batch_size, load, recompute=training.gradient_checkpointing)
-    strategy = training.strategy if devices > 1 else "auto"
-    if strategy not in _STRATEGIES:
-        raise InputError(f"--plan: no formula for --strategy {strategy}; known: {', '.join(_STRATEGIES)}")
     frozen, gradients, optimizer = sum(weights.frozen.values()), weights.gradients, weights.optimizer
     lines: dict[str, float] = {}
     if strategy == SHARDED:
@@ -243,17 +254,20 @@ def report(config: RunConfig, workload: str) -> Iterator[str]:
         workload: ``--plan``'s value.
 
     Raises:
-        InputError: as :func:`build_counted`, :func:`parse_workload` and :func:`plan_training`.
+        InputError: settings that rule each other out; else as :func:`build_counted`, :func:`parse_workload` and
+            :func:`planned_strategy`.
     """
+    check_settings(config)
     load = parse_workload(workload, config.stage)
     precision = "bf16-mixed" if config.training.precision == "auto" else config.training.precision
     per_node = len(config.training.devices or ()) or torch.cuda.device_count() or 1
     devices = per_node * config.training.num_nodes
+    strategy = planned_strategy(config, devices)
     model = build_counted(config)
     weights = count_weights(model, FROZEN_DTYPES[precision])
     replay = Replay(model, FROZEN_DTYPES[precision])
     positions = load.positions(config.model)
-    yield f"{config.stage.value} stage, {precision}, {devices} device(s), strategy {config.training.strategy}"
+    yield f"{config.stage.value} stage, {precision}, {devices} device(s), strategy {strategy}"
     yield (
         f"a sample: {positions} positions ({load.text_tokens} of text, {load.input_pictures} input pictures), "
         f"{load.output_pictures} picture drawn"

@@ -15,6 +15,7 @@ from minigpt5.data.feature_cache import check_feature_folder
 from minigpt5.data.module import FLAGS
 from minigpt5.data.readers import check_records, detect_dataset
 from minigpt5.data.types import Split
+from minigpt5.strategies import check_strategy
 from minigpt5.vokens import voken_text
 
 
@@ -36,6 +37,15 @@ def check_model(config: RunConfig) -> None:
     _raise_for([*_missing_test_weight(config), *_missing_files(config)])
 
 
+def check_settings(config: RunConfig) -> None:
+    """Check that no two settings rule each other out, whether the run trains or generates; no file is looked at.
+
+    Raises:
+        InputError: as :func:`check_run`.
+    """
+    _raise_for([*_training_clashes(config), *_generation_clashes(config), *_attempt(check_strategy, config)])
+
+
 def _raise_for(problems: list[str]) -> None:
     problems = list(dict.fromkeys(problems))  # a file may serve two splits
     if len(problems) == 1:
@@ -54,12 +64,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
                 "model.diffusion.offload: for generating alone, as every training step needs the UNet; leave it "
                 "off, and see training.gradient_checkpointing"
             )
-        has_prefix = config.stage is Stage.MULTIMODAL and config.model.adapter.kind == "prefix"
-        if has_prefix and config.training.gradient_checkpointing:
-            yield (
-                "training.gradient_checkpointing: not with model.adapter.kind: prefix, whose keys and values the "
-                "recomputed layers would not see; switch one of them off"
-            )
+        yield from _training_clashes(config)
     elif config.test_weight is None and config.data.test is None:
         yield (
             "nothing to do: give --is_training True to train, or --test_weight and --test_data_path to generate"
@@ -67,6 +72,20 @@ def _problems(config: RunConfig) -> Iterator[str]:
     else:
         yield from _missing_test_weight(config)
         yield from _unusable_data(config, Split.TEST, config.data.test)
+
+
+def _training_clashes(config: RunConfig) -> Iterator[str]:
+    has_prefix = config.stage is Stage.MULTIMODAL and config.model.adapter.kind == "prefix"
+    if has_prefix and config.training.gradient_checkpointing:
+        yield (
+            "training.gradient_checkpointing: not with model.adapter.kind: prefix, whose keys and values the "
+            "recomputed layers would not see; switch one of them off"
+        )
+
+
+def _generation_clashes(config: RunConfig) -> Iterator[str]:
+    if config.generation.compile and config.model.backbone.language_model.quantization == "8bit":
+        yield "generation.compile: not with quantization: 8bit, which cannot be one graph; leave one of them off"
 
 
 def _missing_test_weight(config: RunConfig) -> Iterator[str]:
@@ -77,10 +96,8 @@ def _missing_test_weight(config: RunConfig) -> Iterator[str]:
 def _missing_files(config: RunConfig) -> Iterator[str]:
     yield from _missing_checkpoints(config)
     yield from _missing_weights(config)
-    language_model = config.model.backbone.language_model
-    yield from _attempt(check_quantization, language_model)
-    if config.generation.compile and language_model.quantization == "8bit":
-        yield "generation.compile: not with quantization: 8bit, which cannot be one graph; leave one of them off"
+    yield from _attempt(check_quantization, config.model.backbone.language_model)
+    yield from _generation_clashes(config)
     compiles = {
         "training.compile": config.training.compile and config.is_training,
         "generation.compile": config.generation.compile,

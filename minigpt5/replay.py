@@ -4,16 +4,18 @@ The modules run on PyTorch's fake tensors, which have shapes and types but no da
 the storages that are alive. What autograd keeps for the backward pass, what a layer needs while it runs, and the
 point at which their sum is largest come out of the modules' own code, not out of a formula that has to follow it.
 
-A CPU's kernels are replayed. Under mixed precision the norms are run in float32, as autocast does on a GPU.
+A CPU's kernels are replayed. In mixed-precision training the norms are run in float32, as autocast does on a GPU;
+generating, which takes the frozen parts' type throughout, knows no autocast.
 
 Shapes: B samples, T positions, C of them run without a graph, S behind them, P input pictures, R pictures to draw,
 N vokens, H language width, E diffusion width, Q conditioning positions, L queries.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from transformers import DynamicCache
 
 from minigpt5.config import ModelConfig, Stage
 from minigpt5.kv_cache import as_argument
-from minigpt5.model import MiniGPT5
+from minigpt5.model import PICTURES_AT_ONCE, MiniGPT5
 from minigpt5.training import recompute_activations
 
 _FLOAT32_NORMS = (nn.LayerNorm, nn.GroupNorm)
@@ -100,10 +102,9 @@ class Replay:
         self.model, self.frozen = model, frozen
         self._mode = FakeTensorMode()
         self._is_mixed = frozen != torch.float32
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         with self._mode:
             _replace_tensors(model, frozen)
-        if self._is_mixed:
-            _feed_norms_float32(model.diffusion)
 
     def training(self, batch: int, load: Workload, *, recompute: bool) -> dict[str, int]:
         """Return the peak bytes of one step's phases, weights and gradients not counted.
@@ -116,6 +117,10 @@ class Replay:
         model = self.model
         if recompute:
             recompute_activations(model)
+        if self._is_mixed and self._autocast is nullcontext:
+            with self._mode:
+                _run_norms_in_float32(model.diffusion)
+            self._autocast = partial(torch.autocast, "cpu", dtype=self.frozen)
         # Gradients of an earlier batch are there, as they are while gradients accumulate.
         with self._mode:
             for parameter in model.parameters():
@@ -125,7 +130,7 @@ class Replay:
         for layer in model.backbone.language_model.model.layers:
             layer.training = recompute  # transformers recomputes in layers that are in training mode
         with self._watched() as watch:
-            self._pictures(watch, batch, load)
+            self._pictures(watch, batch * load.input_pictures)
             hidden_BSH = self._language(watch, batch, load)
             watch.begin("text loss")
             labelled_XH = hidden_BSH.flatten(0, 1)[: batch * load.response_tokens]
@@ -139,11 +144,14 @@ class Replay:
         return watch.phases
 
     def prediction(self, batch: int, load: Workload, *, guided: bool) -> dict[str, int]:
-        """Return the peak bytes of generating a batch's replies by phase, keys and values not counted."""
-        model, pictures = self.model, batch * load.output_pictures
+        """Return the peak bytes of generating a batch's replies by phase, keys and values not counted.
+
+        Not after a training: its gradients would stay.
+        """
+        model, pictures = self.model, min(batch * load.output_pictures, PICTURES_AT_ONCE)
         model.eval()
         with self._watched() as watch, torch.no_grad():
-            self._pictures(watch, batch, load)
+            self._pictures(watch, min(batch * load.input_pictures, PICTURES_AT_ONCE))
             watch.begin("language")
             positions = load.positions(model.config)
             hidden_BTH = self._decoder(self._empty(batch, positions, self._width), self._mask(batch, positions))
@@ -163,10 +171,7 @@ class Replay:
     def _watched(self) -> Iterator[LivePeak]:
         held = [*self.model.parameters(), *self.model.buffers()]
         held += [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        mixed: AbstractContextManager[Any] = nullcontext()
-        if self._is_mixed:
-            mixed = torch.autocast("cpu", dtype=self.frozen)
-        with self._mode, LivePeak(iter(held)) as watch, mixed:
+        with self._mode, LivePeak(iter(held)) as watch, self._autocast():
             yield watch
 
     @property
@@ -185,11 +190,11 @@ class Replay:
         side = self.model.config.diffusion.image_size // diffusion.vae_factor
         return self._empty(pictures, diffusion.vae.config.latent_channels, side, side)
 
-    def _pictures(self, watch: LivePeak, batch: int, load: Workload) -> None:
+    def _pictures(self, watch: LivePeak, pictures: int) -> None:
         watch.begin("input pictures")
-        if load.input_pictures:
+        if pictures:
             side = self.model.config.backbone.vision.image_size
-            self.model.backbone.encode_images(self._empty(batch * load.input_pictures, 3, side, side))
+            self.model.backbone.encode_images(self._empty(pictures, 3, side, side))
 
     def _decoder(self, embeds_BTH: Tensor, mask: Tensor, **more: Any) -> Tensor:
         positions_1T = torch.empty(1, embeds_BTH.shape[1], dtype=torch.long)
@@ -254,15 +259,15 @@ def _replace_tensors(model: MiniGPT5, frozen: torch.dtype) -> None:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             dtype = frozen if is_frozen_part(f"{path}.{name}") else torch.float32
-            if path.startswith("diffusion.") and isinstance(module, _FLOAT32_NORMS):
-                dtype = torch.float32
             fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
             module._parameters[name] = fake
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _feed_norms_float32(part: nn.Module) -> None:
+def _run_norms_in_float32(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, _FLOAT32_NORMS):
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
             module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))

@@ -26,22 +26,32 @@ from minigpt5.model import MiniGPT5
 SHARDED = "fsdp"
 
 
+def check_strategy(config: RunConfig) -> None:
+    """Check that the configured strategy fits this model, on whatever machine.
+
+    Raises:
+        InputError: it does not.
+    """
+    name = config.training.strategy
+    if name == SHARDED and config.model.backbone.language_model.quantization != "none":
+        raise InputError(
+            "--strategy fsdp: cannot share out quantized layers; take --strategy ddp, or "
+            "model.backbone.language_model.quantization=none"
+        )
+    if name.startswith(SHARDED) and name != SHARDED:
+        raise InputError(f"--strategy {name}: does not fit this model, whose weights are mostly frozen; take fsdp")
+
+
 def choose_strategy(config: RunConfig, hardware: Hardware) -> str:
     """Return the name of Lightning's strategy for the configured one.
 
     Raises:
         InputError: a package or a GPU that it needs is missing, or it does not fit this model.
     """
+    check_strategy(config)
     name = config.training.strategy
     if name == SHARDED:
-        if config.model.backbone.language_model.quantization != "none":
-            raise InputError(
-                "--strategy fsdp: cannot share out quantized layers; take --strategy ddp, or "
-                "model.backbone.language_model.quantization=none"
-            )
         return "ddp" if hardware.device_count * config.training.num_nodes > 1 else "auto"
-    if name.startswith(SHARDED):
-        raise InputError(f"--strategy {name}: does not fit this model, whose weights are mostly frozen; take fsdp")
     if name.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(

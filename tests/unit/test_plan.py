@@ -11,7 +11,7 @@ from minigpt4.errors import InputError
 from minigpt5.config import PROJECT_ROOT, RunConfig, Stage, load_config
 from minigpt5.data.module import DataModule
 from minigpt5.kv_cache import new_cache, room_after
-from minigpt5.model import MiniGPT5, build_model
+from minigpt5.model import PICTURES_AT_ONCE, MiniGPT5, build_model
 from minigpt5.plan import (
     GIBIBYTE,
     Plan,
@@ -195,6 +195,52 @@ def test_offloading_leaves_only_the_running_part_of_the_diffusion_model():
     diffusion = sum(weights.frozen[part] for part in ("unet", "vae", "text encoder"))
     assert kept.lines["parameters"] - offloaded.lines["parameters"] == diffusion
     assert offloaded.total < kept.total
+
+
+def test_generating_in_half_precision_takes_half():
+    """It knows no autocast, which would run the norms in float32."""
+    load = Workload(40, 10, 1)
+    whole, half = (
+        Replay(build_counted(configure(Stage.ALIGNMENT)), dtype).prediction(4, load, guided=True)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for phase in ("input pictures", "unet", "vae"):
+        assert half[phase] == pytest.approx(whole[phase] / 2, rel=0.05)
+
+
+def test_only_so_many_pictures_are_seen_and_drawn_at_once():
+    load = Workload(40, 10, 1)
+    few, many = (
+        Replay(build_counted(configure(Stage.ALIGNMENT)), torch.float32).prediction(batch, load, guided=True)
+        for batch in (PICTURES_AT_ONCE, 2 * PICTURES_AT_ONCE)
+    )
+    for phase in ("input pictures", "vae"):
+        assert many[phase] == pytest.approx(few[phase], rel=0.05)
+    assert many["language"] > 1.8 * few["language"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__strategy": "dpp"}, "no formula for --strategy dpp"),
+        ({"training__strategy": "fsdp_cpu_offload"}, "does not fit this model"),
+        (
+            {"training__strategy": "fsdp", "model__backbone__language_model__quantization": "8bit"},
+            "cannot share out quantized layers",
+        ),
+        (
+            {"model__adapter__kind": "prefix", "training__gradient_checkpointing": True},
+            r"training\.gradient_checkpointing: not with model\.adapter\.kind: prefix",
+        ),
+        (
+            {"generation__compile": True, "model__backbone__language_model__quantization": "8bit"},
+            r"generation\.compile: not with quantization: 8bit",
+        ),
+    ],
+)
+def test_a_run_that_would_be_refused_is_not_planned(changes, message):
+    with pytest.raises(InputError, match=message):
+        list(report(configure(Stage.MULTIMODAL, **changes), ""))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
