@@ -179,14 +179,29 @@ def test_replies_with_compiled_steps_are_the_same(device):
         replies = model.generate(PROMPTS, replace(config.generation, compile=True))
         assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
     assert counters["stats"]["unique_graphs"] == 1
+    if device.type == "cuda":
+        assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-@on_a_gpu
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    ("where", "quantization", "most"),
+    [
+        ("cpu", "8bit", 0.06),
+        pytest.param("cuda", "8bit", 0.1, marks=on_a_gpu),  # in bfloat16
+        pytest.param("cuda", "4bit", 0.3, marks=on_a_gpu),
+    ],
+)
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_quantized_model_replies_on_a_gpu(quantization):
-    config = configure(model__backbone__language_model__quantization=quantization)
-    torch.manual_seed(0)
-    model = build_model(config.model, config.loss, Stage.ALIGNMENT, torch.bfloat16, torch.device("cuda"))
-    replies = model.place(torch.device("cuda")).eval().generate(PROMPTS, config.generation)
-    assert all(len(reply.images) == 1 and reply.token_ids for reply in replies)
+def test_quantized_model_reads_prompts_as_the_whole_one(where, quantization, most):
+    device, dtype = torch.device(where), torch.float32 if where == "cpu" else torch.bfloat16
+
+    def build_with(quantization: str) -> tuple[MiniGPT5, torch.Tensor]:
+        config = configure(model__backbone__language_model__quantization=quantization)
+        torch.manual_seed(0)
+        model = build_model(config.model, config.loss, Stage.ALIGNMENT, dtype, device).place(device).eval()
+        decoded = model.decode_prompts(PROMPTS, config.generation, trace=True)
+        return model, torch.stack([one.step_states[0] for one in decoded]).float()
+
+    (_, expected), (model, states) = build_with("none"), build_with(quantization)
+    assert 0 < (states - expected).norm() / expected.norm() < most
+    assert all(len(reply.images) == 1 for reply in model.generate(PROMPTS, configure().generation))
