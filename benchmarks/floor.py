@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of the card (H100: 989)")
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s of the card's memory (H100: 3.35)")
     arguments = parser.parse_args()
+    if not 0 < arguments.response < arguments.tokens:
+        given = f"--response {arguments.response} --tokens {arguments.tokens}"
+        parser.error(f"{given}: the response is a part of a sample's positions; give 0 < response < tokens")
     config = load_config(PROJECT_ROOT / "config" / "minigpt5_7b.yaml", {}, {})
     with torch.device("meta"):
         model = build_random(config.model, config.loss, Stage.ALIGNMENT)

@@ -81,6 +81,13 @@ def test_paths_take_turns_and_the_first_round_does_not_count():
     assert medians == {"a": {"total": 2}, "b": {"total": 4}}
 
 
+def test_floor_refuses_a_response_longer_than_its_sample(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["floor.py", "--response", "50"])
+    with pytest.raises(SystemExit):
+        floor.main()
+    assert "--response 50 --tokens 40: the response is a part" in capsys.readouterr().err
+
+
 def test_counted_floor_of_a_small_model():
     config = load_config(PROJECT_ROOT / "config" / "tiny.yaml", {}, {})
     with torch.device("meta"):
