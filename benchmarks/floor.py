@@ -1,7 +1,7 @@
 """The floor of one stage-1 step of the paper's model, counted: ``python benchmarks/floor.py``.
 
-FLOP of each part's forward pass come from torch's counter over the real modules on the meta device (two a
-multiply-add), so no weights and no GPU are needed. docs/performance.md explains the formulas.
+FLOP come from torch's counter over the real modules on the meta device (two a multiply-add), so no weights and no
+GPU are needed. docs/performance.md explains the formulas.
 
 Shapes: B samples, T positions, S positions behind the constants, H language width, V vocabulary.
 """
@@ -11,14 +11,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
 
 from minigpt5.config import PROJECT_ROOT, Stage, load_config  # noqa: E402
+from minigpt5.kv_cache import as_argument  # noqa: E402
 from minigpt5.model import MiniGPT5, build_random  # noqa: E402
 
 GIGA, TERA = 1e9, 1e12
@@ -67,24 +70,38 @@ def count_step(model: MiniGPT5, batch: int, tokens: int, response: int, pictures
     llama, diffusion = model.backbone.language_model, model.diffusion
     layers = _bytes(llama.model.layers)
     width = llama.config.hidden_size
+    constants = tokens - response
     head = 2 * batch * LABELLED * width * len(model.backbone.head_VH)
     head_bytes = 2 * model.backbone.head_VH.numel()
 
-    def language(positions: int) -> float:
-        embeds = torch.empty(batch, positions, width, dtype=torch.bfloat16)
+    def language(positions: int, before: int = 0, *, backward: bool = False) -> float:
+        """Count positions that attend to those before them and to each other."""
+        embeds = torch.empty(batch, positions, width, dtype=torch.bfloat16, requires_grad=backward)
+        cache = DynamicCache(config=llama.config)
+        heads, head_width = llama.config.num_key_value_heads, width // llama.config.num_attention_heads
+        for layer in range(llama.config.num_hidden_layers):
+            keys = torch.empty(batch, heads, before, head_width, dtype=torch.bfloat16)
+            cache.update(keys, keys, layer)
         # A mask that is ready spares transformers a look at values, which the meta device does not have.
-        mask = torch.empty(batch, 1, positions, positions, dtype=torch.bfloat16)
-        return _count(lambda: llama.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False))
+        mask = torch.empty(batch, 1, positions, before + positions, dtype=torch.bfloat16)
+        return _count(
+            lambda: (
+                llama.model(
+                    inputs_embeds=embeds, attention_mask=mask, **as_argument(cache), use_cache=True
+                ).last_hidden_state
+            ),
+            backward=backward,
+        )
 
     side = model.config.diffusion.image_size
     latent = side // diffusion.vae_factor
-    unet = _count(
-        lambda: diffusion.unet(
-            torch.empty(batch, 4, latent, latent, dtype=torch.bfloat16),
-            torch.zeros(batch, dtype=torch.long),
-            torch.empty(batch, 77, diffusion.width, dtype=torch.bfloat16),
-        )
-    )
+    noisy = torch.empty(batch, 4, latent, latent, dtype=torch.bfloat16)
+    condition = torch.empty(batch, 77, diffusion.width, dtype=torch.bfloat16, requires_grad=True)
+
+    def unet(*, backward: bool = False) -> float:
+        steps = torch.zeros(batch, dtype=torch.long)
+        return _count(lambda: diffusion.unet(noisy, steps, condition).sample, backward=backward)
+
     vae = _count(lambda: diffusion.vae.encode(torch.empty(batch, 3, side, side, dtype=torch.bfloat16)))
     captions = torch.zeros(batch, 77, dtype=torch.long)
     text = _count(lambda: diffusion.text_encoder(captions))
@@ -93,14 +110,14 @@ def count_step(model: MiniGPT5, batch: int, tokens: int, response: int, pictures
     parts = [
         Part("VAE encoder", vae, _bytes(diffusion.vae.encoder)),
         Part("text encoder", text, _bytes(diffusion.text_encoder)),
-        Part("LLaMA forward, constants", language(tokens - response), layers),
-        Part("LLaMA forward, rest", language(response), layers),
-        Part("LLaMA backward, rest (inputs only)", language(response), layers),
+        Part("LLaMA forward, constants", language(constants), layers),
+        Part("LLaMA forward, rest", language(response, constants), layers),
+        Part("LLaMA backward, rest (inputs only)", language(response, constants, backward=True), layers),
         Part("head at labels, forward and backward", 2 * head, 2 * head_bytes),
         Part("mapper forward", mapper, 2 * _bytes(model.mapper)),
         Part("mapper backward (inputs and weights)", 2 * mapper, 2 * _bytes(model.mapper)),
-        Part("UNet forward", unet, _bytes(diffusion.unet)),
-        Part("UNet backward (inputs only)", unet, _bytes(diffusion.unet)),
+        Part("UNet forward", unet(), _bytes(diffusion.unet)),
+        Part("UNet backward (inputs only)", unet(backward=True), _bytes(diffusion.unet)),
         Part("AdamW", 0.0, ADAM_BYTES * trainable),
     ]
     if pictures:
@@ -112,9 +129,15 @@ def count_step(model: MiniGPT5, batch: int, tokens: int, response: int, pictures
     return parts
 
 
-def _count(run: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
+def _count(run: Callable[[], Any], *, backward: bool = False) -> float:
+    """Return the FLOP of a call, or of the backward pass from what it returns."""
+    result = run() if backward else None
+    with FlopCounterMode(display=False) as counter:
+        if result is not None:
+            result.sum().backward()
+        else:
+            with torch.no_grad():
+                run()
     return float(counter.get_total_flops())
 
 

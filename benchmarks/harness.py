@@ -157,6 +157,14 @@ def in_child(settings: Settings, path: str) -> dict[str, float]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let :func:`peak_bytes` count from here on; what is held now stays in it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory this process has held: the GPU's, or resident on a CPU."""
     if device.type == "cuda":

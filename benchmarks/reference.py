@@ -2,7 +2,8 @@
 
 Whole embedding and output matrices train under a gradient mask; prompts are put together sample by sample; the
 language model keeps every layer's hidden states and takes logits at every position; pictures are encoded in the
-step; attention is the plain one of the published releases; replies come one at a time.
+step unless their features are given; attention is the plain one of the published releases; replies come one at a
+time.
 
 Shapes: B samples, T positions, H language width, V vocabulary with the new tokens, N vokens a picture,
 P pictures, L queries a picture.
@@ -91,8 +92,10 @@ class ReferenceModel(nn.Module):
         vokens = torch.stack(states).float()
         vokens = vokens.masked_fill(draws.drop_R.to(vokens.device)[:, None, None], 0.0)
         condition = self.mapper(vokens)
-        assert batch.output_pixels_O3HW is not None
-        moments = self.diffusion.encode_pixels(batch.output_pixels_O3HW)
+        moments = batch.output_moments_OCHW
+        if moments is None:
+            assert batch.output_pixels_O3HW is not None
+            moments = self.diffusion.encode_pixels(batch.output_pixels_O3HW)
         latents = self.diffusion.sample_latents(moments, draws.diffusion.posterior_RCHW.to(moments.device))
         image = self.diffusion.loss(condition, latents, draws.diffusion, self.loss_config.min_snr_gamma)
         weights = self.loss_config
@@ -105,8 +108,10 @@ class ReferenceModel(nn.Module):
 
     def assemble(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Put pictures into the prompts sample by sample, then pad; returns embeddings, mask and labels."""
-        assert batch.input_pixels_P3HW is not None
-        pictures = iter(self.backbone.encode_images(batch.input_pixels_P3HW.to(self._dtype)))
+        features_PLH = batch.input_features_PLH
+        if features_PLH is None and batch.input_pixels_P3HW is not None:
+            features_PLH = self.backbone.encode_images(batch.input_pixels_P3HW.to(self._dtype))
+        pictures = iter(() if features_PLH is None else features_PLH)
         rows = []
         for row in range(batch.size):
             length = int(batch.attention_mask_BT[row].sum())

@@ -27,8 +27,6 @@ from minigpt5.vokens import IGNORE_INDEX, mask_inner_vokens
 
 TINY_WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
 PRESETS = ("tiny", "mid", "7b")
-TEXT_TOKENS = {"tiny": 104, "mid": 104, "7b": 104}
-"""Tokens of a training text, before its picture takes its place."""
 SENTENCE_TOKENS = 24
 """Text of a response in the multimodal stage."""
 
@@ -131,8 +129,8 @@ def _tokenizer(vocabulary: int) -> LlamaTokenizer:
         return LlamaTokenizer(path)
 
 
-def training_batch(world: World, size: int, seed: int, *, lengths: list[int] | None = None) -> Batch:
-    """Return samples with one input and one wanted picture each.
+def training_batch(world: World, size: int, seed: int, *, tokens: int, pictures: int) -> Batch:
+    """Return samples with one wanted picture each.
 
     The response is vokens and stop string, behind a sentence in the multimodal stage.
 
@@ -140,7 +138,8 @@ def training_batch(world: World, size: int, seed: int, *, lengths: list[int] | N
         world: decides ids and picture sizes.
         size: B.
         seed: of texts and pictures.
-        lengths: tokens of each sample; None gives all :data:`TEXT_TOKENS`.
+        tokens: T, with one for each picture of the prompt.
+        pictures: of each prompt, 0 or 1.
     """
     model = world.model
     ids = model.voken_ids
@@ -148,39 +147,36 @@ def training_batch(world: World, size: int, seed: int, *, lengths: list[int] | N
     sentence = SENTENCE_TOKENS if model.stage is Stage.MULTIMODAL else 0
     words = torch.randint(3, model.tokenizer.base_size, (sentence,), generator=generator)
     response = torch.cat([words, torch.tensor([*ids.vokens, *model.tokenizer.encode("###")])])
-    longest = max(lengths or [TEXT_TOKENS[world.preset]])
-    input_ids = torch.full((size, longest), model.tokenizer.pad_id)
-    labels = torch.full((size, longest), IGNORE_INDEX)
-    mask = torch.zeros(size, longest, dtype=torch.long)
-    for row in range(size):
-        end = lengths[row] if lengths else longest
-        start = end - len(response)
-        input_ids[row, :start] = torch.randint(3, model.tokenizer.base_size, (start,), generator=generator)
-        input_ids[row, 4] = ids.picture
-        input_ids[row, start:end] = response
-        labels[row, start:end] = mask_inner_vokens(response, ids)
-        mask[row, :end] = 1
+    start = tokens - len(response)
+    input_ids = torch.randint(3, model.tokenizer.base_size, (size, tokens), generator=generator)
+    input_ids[:, 4 : 4 + pictures] = ids.picture
+    input_ids[:, start:] = response
+    labels = torch.full((size, tokens), IGNORE_INDEX)
+    labels[:, start:] = mask_inner_vokens(response, ids)
     vision, picture = world.config.model.backbone.vision.image_size, world.config.model.diffusion.image_size
-    samples = [_sample(index, seed) for index in range(size)]
+    shown = torch.randn(size * pictures, 3, vision, vision, generator=generator)
     return Batch(
-        samples=samples,
+        samples=[_sample(index, seed) for index in range(size)],
         input_ids_BT=input_ids,
-        attention_mask_BT=mask,
+        attention_mask_BT=torch.ones(size, tokens, dtype=torch.long),
         labels_BT=labels,
-        input_counts=[1] * size,
+        input_counts=[pictures] * size,
         output_counts=[1] * size,
-        input_pixels_P3HW=torch.randn(size, 3, vision, vision, generator=generator),
+        input_pixels_P3HW=shown if pictures else None,
         output_pixels_O3HW=torch.rand(size, 3, picture, picture, generator=generator) * 2 - 1,
     ).to(world.device)
 
 
 def with_features(world: World, batch: Batch) -> Batch:
     """Return the batch as the feature cache would give it: no pixels, but what the encoders made of them."""
-    assert batch.input_pixels_P3HW is not None and batch.output_pixels_O3HW is not None
-    dtype = world.model.backbone.projection.weight.dtype
+    assert batch.output_pixels_O3HW is not None
+    pixels_P3HW, features_PLH = batch.input_pixels_P3HW, None
+    if pixels_P3HW is not None:
+        backbone = world.model.backbone
+        features_PLH = backbone.encode_images(pixels_P3HW.to(backbone.projection.weight.dtype))
     return dataclasses.replace(
         batch,
-        input_features_PLH=world.model.backbone.encode_images(batch.input_pixels_P3HW.to(dtype)),
+        input_features_PLH=features_PLH,
         output_moments_OCHW=world.model.diffusion.encode_pixels(batch.output_pixels_O3HW),
         input_pixels_P3HW=None,
         output_pixels_O3HW=None,

@@ -20,9 +20,9 @@ def settings(suite: str) -> Settings:
     return Settings(suite, "tiny", 1, 0, torch.device("cpu"), torch.get_num_threads())
 
 
-@pytest.mark.parametrize("stage", train.STAGES.values(), ids=list(train.STAGES))
-def test_our_training_steps_are_the_reference_paths(stage):
-    line = train._Paths(settings("train"), stage).check_equal()
+@pytest.mark.parametrize("case", train.CASES.values(), ids=list(train.CASES))
+def test_our_training_steps_are_the_reference_paths(case):
+    line = train._Paths(settings("train"), case).check_equal()
     assert line.startswith("losses of 3 steps")
 
 
@@ -81,6 +81,15 @@ def test_paths_take_turns_and_the_first_round_does_not_count():
     assert medians == {"a": {"total": 2}, "b": {"total": 4}}
 
 
+def test_a_forgotten_peak_does_not_count():
+    device = torch.device("cpu")
+    block = torch.ones(2**26)
+    high = harness.peak_bytes(device)
+    del block
+    harness.forget_peak(device)
+    assert harness.peak_bytes(device) < high - 2**27
+
+
 def test_floor_refuses_a_response_longer_than_its_sample(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["floor.py", "--response", "50"])
     with pytest.raises(SystemExit):
@@ -97,7 +106,12 @@ def test_counted_floor_of_a_small_model():
     products = 2 * 2 * 30 * layers
     counted = parts["LLaMA forward, constants"].flop
     assert products * 0.99 < counted < products * 1.1  # attention's own products come on top
-    assert parts["UNet forward"].flop > 0 and "ViT and Q-Former" in parts
+    rest = 2 * 2 * 10 * layers
+    for name in ("LLaMA forward, rest", "LLaMA backward, rest (inputs only)"):
+        assert rest * 0.99 < parts[name].flop < rest * 1.2, name
+    forward, backward = (parts[f"UNet {name}"].flop for name in ("forward", "backward (inputs only)"))
+    assert 0.8 * forward < backward < 1.3 * forward  # without its weights' gradients, which would double it
+    assert "ViT and Q-Former" in parts
 
 
 @pytest.mark.parametrize(
