@@ -184,9 +184,10 @@ def load_checkpoint(model: MiniGPT5, path: Path, expected: Stage, flag: str) -> 
     checkpoint = read_checkpoint(path, model.config.vokens.count + 1, flag)
     if checkpoint.stage is not expected:
         number = {Stage.ALIGNMENT: "stage-1", Stage.MULTIMODAL: "stage-2"}
-        raise InputError(
-            f"{flag} {path}: is a {number[checkpoint.stage]} checkpoint, a {number[expected]} one is needed here"
-        )
+        fault = f"is a {number[checkpoint.stage]} checkpoint, a {number[expected]} one is needed here"
+        if expected is model.stage:
+            fault += f"; if it is what you want, set IS_STAGE2={checkpoint.stage is Stage.MULTIMODAL}"
+        raise InputError(f"{flag} {path}: {fault}")
     is_complete = model.config.mapper.stage2_trains == "whole"
     if expected is Stage.MULTIMODAL and not model.has_stage1 and not is_complete:
         raise InputError(f"{flag} {path}: stage-2 weights go on top of stage-1 weights; give --stage1_weight")

@@ -166,12 +166,14 @@ def test_a_failed_load_changes_nothing(tmp_path):
 
 
 def test_stages_are_not_mixed_up():
-    with pytest.raises(InputError, match="is a stage-2 checkpoint, a stage-1 one is needed"):
-        load_checkpoint(build(Stage.ALIGNMENT), FIXTURE / "stage2.ckpt", Stage.ALIGNMENT, "--stage1_weight")
     multimodal = build(Stage.MULTIMODAL)
+    with pytest.raises(InputError, match="is a stage-2 checkpoint, a stage-1 one is needed here$"):
+        load_checkpoint(multimodal, FIXTURE / "stage2.ckpt", Stage.ALIGNMENT, "--stage1_weight")
+    with pytest.raises(InputError, match="if it is what you want, set IS_STAGE2=True"):
+        load_checkpoint(build(Stage.ALIGNMENT), FIXTURE / "stage2.ckpt", Stage.ALIGNMENT, "--test_weight")
     with pytest.raises(InputError, match="--stage1_weight"):
         load_checkpoint(multimodal, FIXTURE / "stage2.ckpt", Stage.MULTIMODAL, "--test_weight")
-    with pytest.raises(InputError, match="is a stage-1 checkpoint"):
+    with pytest.raises(InputError, match="is a stage-1 checkpoint, a stage-2 one .* set IS_STAGE2=False"):
         load_checkpoint(multimodal, FIXTURE / "stage1.ckpt", Stage.MULTIMODAL, "--test_weight")
 
 
