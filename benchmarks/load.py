@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import worlds
 from benchmarks.harness import Report, Settings, in_child, peak_bytes
 from minigpt4.config import LanguageModelConfig
+from minigpt4.errors import InputError
 from minigpt4.language_model import load_language_model
 from minigpt4.tokenizer import MODEL_FILE
 
@@ -39,18 +40,24 @@ LAYOUTS = {
     "bin bfloat16": torch.bfloat16,
     "safetensors bfloat16": torch.bfloat16,
 }
+REFERENCE_LAYOUT = "bin float16"
 FIRST_SHARD = 0.74
 """Share of the first of two shards, as in Vicuna-7B's folder."""
 
 
 def measure(settings: Settings) -> Report:
-    """Load the same tensors from every layout, each path once, in a process of its own; ours to the device."""
+    """Load the same tensors from every layout, each path once, in a process of its own; ours to the device.
+
+    Raises:
+        InputError: too little room for one layout's files.
+    """
     report = Report(settings, rounds=1)
-    with tempfile.TemporaryDirectory() as folder:
-        size = _write(Path(folder), settings) / GIBIBYTE
-        found = {}
-        for path in ("reference", *LAYOUTS):
-            found[path] = in_child(settings, f"{path}:{folder}")
+    found = {}
+    for layout, dtype in LAYOUTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            size = _write(Path(folder) / layout, dtype, settings) / GIBIBYTE
+            for path in ("reference", layout) if layout == REFERENCE_LAYOUT else (layout,):
+                found[path] = in_child(settings, f"{path}:{folder}")
     digests = {str(values["digest"]) for values in found.values()}
     if len(digests) != 1:
         raise AssertionError(f"the paths loaded different weights: {digests}")
@@ -72,7 +79,7 @@ def measure_alone(settings: Settings, path: str) -> dict[str, Any]:
     watch = _AnonymousPeak()
     start = time.perf_counter()
     if how == "reference":
-        model = _load_as_published(Path(folder) / "bin float16").to(settings.device)
+        model = _load_as_published(Path(folder) / REFERENCE_LAYOUT).to(settings.device)
     else:
         config = LanguageModelConfig(weights=str(Path(folder) / how))
         model, _, _ = load_language_model(config, torch.bfloat16, settings.device)
@@ -133,35 +140,42 @@ def _digest(model: LlamaForCausalLM) -> str:
     return digest.hexdigest()
 
 
-def _write(folder: Path, settings: Settings) -> int:
-    """Write one checkpoint in every layout; returns the tensors' bytes."""
+def _write(folder: Path, dtype: torch.dtype, settings: Settings) -> int:
+    """Write the checkpoint in the layout that the folder is named by; returns the tensors' bytes."""
     config = LlamaConfig(**_COMMON, **SIZES[settings.preset])
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(settings.seed)
     total = sum(2 * shape.numel() for shape in shapes.values())
-    shards: list[dict[str, torch.Tensor]] = [{}, {}]
-    written, places = 0, {}
+    folder.mkdir()
+    if (free := shutil.disk_usage(folder).free) < total:
+        raise InputError(
+            f"{folder.parent}: {total / GIBIBYTE:.1f} GiB of files are written there for a while, and "
+            f"{free / GIBIBYTE:.1f} GiB are free; let TMPDIR name a folder with more room"
+        )
+    shards: list[list[str]] = [[], []]
+    before = 0
     for name, shape in shapes.items():
-        which = int(written >= FIRST_SHARD * total)
-        # Random bits of a small range are made much faster than normal draws.
-        noise = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
-        shards[which][name] = noise.to(torch.float16).mul_(2**-20)
-        written += 2 * shape.numel()
-        places[name] = which
-    for layout, dtype in LAYOUTS.items():
-        target = folder / layout
-        target.mkdir()
-        suffix = layout.partition(" ")[0]
-        stem, save = ("pytorch_model", torch.save) if suffix == "bin" else ("model", _save_safetensors)
-        names = [f"{stem}-0000{index + 1}-of-00002.{suffix}" for index in range(2)]
-        for name, shard in zip(names, shards, strict=True):
-            save({key: value.to(dtype) for key, value in shard.items()}, target / name)
-        index = {"metadata": {"total_size": total}, "weight_map": {key: names[at] for key, at in places.items()}}
-        (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-        config.save_pretrained(target)
-        shutil.copy(worlds.TINY_WEIGHTS / "llama" / MODEL_FILE, target / MODEL_FILE)
+        shards[before >= FIRST_SHARD * total].append(name)
+        before += 2 * shape.numel()
+    suffix = folder.name.partition(" ")[0]
+    stem, save = ("pytorch_model", torch.save) if suffix == "bin" else ("model", _save_safetensors)
+    generator = torch.Generator().manual_seed(settings.seed)
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}-0000{number}-of-0000{len(shards)}.{suffix}"
+        save({name: _noise(shapes[name], generator).to(dtype) for name in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    shutil.copy(worlds.TINY_WEIGHTS / "llama" / MODEL_FILE, folder / MODEL_FILE)
     return total
+
+
+def _noise(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return a small float16 tensor; random bits are made much faster than normal draws."""
+    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
+    return bits.to(torch.float16).mul_(2**-20)
 
 
 def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -148,12 +148,23 @@ class ReferenceModel(nn.Module):
     @torch.no_grad()
     def generate(self, request: Prompt, config: GenerationConfig) -> tuple[list[int], list[Image.Image]]:
         """Reply to one prompt; returns tokens (of every run only ``[IMG0]``) and pictures."""
-        tokens, states = self.decode(request, config)
+        tokens, states, _ = self.decode(request, config)
         return tokens, [self.render(state, request, index, config) for index, state in enumerate(states)]
 
     @torch.no_grad()
-    def decode(self, request: Prompt, config: GenerationConfig) -> tuple[list[int], list[Tensor]]:
-        """Decode one reply, keeping every step's hidden states of all layers, as ``generate`` was asked to."""
+    def decode(
+        self, request: Prompt, config: GenerationConfig, given: Sequence[int] | None = None
+    ) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """Decode one reply, keeping every step's hidden states of all layers, as ``generate`` was asked to.
+
+        Args:
+            request: the prompt.
+            config: decoding settings.
+            given: tokens to come to, whatever the scores say.
+
+        Returns:
+            Tokens, the N states behind each picture, and the state that each token was chosen from.
+        """
         generator = torch.Generator().manual_seed(sample_seed(config.seed, request.id, "text"))
         embeds = self._prompt(request)
         cache = DynamicCache(config=self.backbone.language_model.config)
@@ -172,6 +183,7 @@ class ReferenceModel(nn.Module):
             history.append(output.hidden_states)
             logits = F.linear(output.last_hidden_state, head)
             chosen = self._choose(logits[:, -1].float(), tokens, config, generator)
+            chosen = chosen if given is None else given[len(tokens)]
             tokens.append(chosen)
             inputs = [chosen]
             if chosen == self.ids.first:
@@ -179,7 +191,8 @@ class ReferenceModel(nn.Module):
                 inputs = list(self.ids.vokens)
             embeds = self.embed(torch.tensor([inputs], device=embeds.device))
             length += len(inputs)
-        return tokens, [self._voken_states(history, start) for start in starts]
+        last = [states[-1][0, -1] for states in history]
+        return tokens, [self._voken_states(history, start) for start in starts], last
 
     def _voken_states(self, history: Sequence[tuple[Tensor, ...]], start: int) -> Tensor:
         """Return the N states that predict one picture's vokens."""

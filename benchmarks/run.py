@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,15 +64,25 @@ def main(argv: Sequence[str]) -> None:
     device = harness.open_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.preset == "7b" and device.type == "cpu" and arguments.suite not in ("load", "data", "metric"):
         raise InputError("--preset 7b: needs a GPU; on a CPU take --preset mid")
+    failed = []
     for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
         module = importlib.import_module(f"benchmarks.{suite}")
         settings = harness.Settings(suite, arguments.preset, arguments.repeats, arguments.seed, device, threads)
         if arguments.alone:
             print(json.dumps(module.measure_alone(settings, arguments.alone)))
             continue
-        report = module.measure(settings)
+        try:
+            report = module.measure(settings)
+        except Exception as error:
+            if arguments.suite != "all":
+                raise
+            traceback.print_exception(error)  # the other suites' results are not lost
+            failed.append(suite)
+            continue
         harness.print_table(report)
         print(f"  {harness.write_json(report, arguments.out)}")
+    if failed:
+        sys.exit(f"error: --suite all: {' and '.join(failed)} failed, as told above")
 
 
 if __name__ == "__main__":

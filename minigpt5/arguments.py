@@ -114,7 +114,7 @@ _PUBLISHED = (
     Flag("per_device_eval_batch_size", ("training.eval_batch_size",), "validation samples per device", int),
     Flag(
         "real_batch_size", ("training.effective_batch_size",),
-        "samples per optimizer step over all devices; gradients accumulate to reach it", int,
+        "samples per optimizer step over all devices; gradients of as many batches as go into it accumulate", int,
     ),
     Flag("save_total_limit", ("training.save_total_limit",), "how many of the best checkpoints are kept", int),
     Flag("learning_rate", ("training.learning_rate",), "peak learning rate", float),

@@ -7,11 +7,12 @@ variables, flags. Nothing is read at import: :func:`load_config` is called once,
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from minigpt4.config import BackboneConfig
 from minigpt4.errors import InputError
@@ -21,6 +22,12 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = PROJECT_ROOT / "config" / "minigpt5_7b.yaml"
 
 _STRICT = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def _each_once(indices: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(indices)) < len(indices):
+        raise PydanticCustomError("repeated", "names a GPU twice")
+    return indices
 
 
 class Stage(StrEnum):
@@ -163,7 +170,7 @@ class TrainingConfig:
     seed: int = 42
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     """auto: bf16-mixed on a GPU, 32-true on a CPU."""
-    devices: tuple[int, ...] | None = None
+    devices: Annotated[tuple[int, ...], AfterValidator(_each_once)] | None = None
     """GPU indices (``--gpus``); None takes all. On a machine without a GPU the CPU is used, with a notice."""
     num_nodes: int = Field(default=1, ge=1)
     strategy: str = "auto"

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from minigpt4.errors import InputError
 from minigpt4.weights import KeyReport, matches, raise_for_keys, resolve_source
 from minigpt5.config import DiffusionConfig, GenerationConfig
-from minigpt5.schedulers import SCHEDULERS, load_scheduler, training_schedule
+from minigpt5.schedulers import load_scheduler, make_sampler, training_schedule
 
 FLAG = "model.diffusion.weights"
 CLASSES: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
@@ -283,13 +283,12 @@ class StableDiffusion(nn.Module):
 
     def pipeline(self, config: GenerationConfig) -> Any:
         """Return diffusers' pipeline over these components with the configured scheduler."""
-        scheduler_type = SCHEDULERS.get(config.scheduler, type(self.scheduler))
         pipeline: Any = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=scheduler_type.from_config(self.scheduler.config),
+            scheduler=make_sampler(config.scheduler, self.scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -53,6 +53,9 @@ def choose_hardware(training: TrainingConfig) -> Hardware:
         return Hardware((), precision, _processes_here() or 1)
     launched = _processes_here()
     gpus = tuple(range(min(available, launched or available))) if training.devices is None else training.devices
+    if training.devices is None and len(gpus) < available:
+        which = f"of this machine's {available} GPUs, as many are used as processes were started on it"
+        print(f"notice: {which}: {len(gpus)}", file=sys.stderr)
     absent = [str(index) for index in gpus if index >= available]
     if absent:
         raise InputError(f"--gpus: no GPU {', '.join(absent)}; this machine has 0 to {available - 1}")
@@ -72,7 +75,7 @@ class Place:
 def process_place() -> Place:
     """Return which process this is, as ``torchrun`` or SLURM's ``srun`` say; the only one otherwise."""
     if started_by_slurm():
-        slurm = SLURMEnvironment()
+        slurm = slurm_environment()
         return Place(slurm.local_rank(), slurm.global_rank(), slurm.world_size())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if "RANK" not in os.environ:
@@ -82,8 +85,21 @@ def process_place() -> Place:
 
 
 def started_by_slurm() -> bool:
-    """Whether ``srun`` started the processes, not ``torchrun`` within an allocation."""
+    """Whether this is a SLURM job's process, not one that ``torchrun`` started within an allocation."""
     return "WORLD_SIZE" not in os.environ and SLURMEnvironment.detect()
+
+
+def slurm_environment() -> SLURMEnvironment:
+    """Return Lightning's view of SLURM's variables; a preempted job is not requeued.
+
+    Raises:
+        InputError: Lightning refuses how the job was submitted.
+    """
+    try:
+        # A requeued job would go on from a file of Lightning's own, unasked and past all checks of --resume.
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise InputError(f"SLURM: {' '.join(str(error).split())}") from None
 
 
 def check_processes_here(hardware: Hardware) -> None:
@@ -92,6 +108,12 @@ def check_processes_here(hardware: Hardware) -> None:
     Raises:
         InputError: another number; some would train alone, wait for others for ever or share a GPU.
     """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if started_by_slurm() and tasks != "1" and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        raise InputError(
+            f"SLURM: the job has {tasks} tasks, but its script started this process itself, once; put srun before "
+            "the command"
+        )
     here, wanted = _processes_here(), hardware.device_count
     if here is not None and here != wanted:
         devices = f"{wanted} of its GPUs" if hardware.gpus else f"{wanted} on its CPU"
@@ -105,8 +127,14 @@ def check_machines(hardware: Hardware, training: TrainingConfig) -> None:
     """Check that ``torchrun`` or SLURM started a training's processes on as many machines as ``--num_nodes`` says.
 
     Raises:
-        InputError: another number.
+        InputError: another number, or the run was started by hand and does not say where the others are.
     """
+    by_hand = {"MASTER_ADDR", "NODE_RANK"}
+    if training.num_nodes > 1 and _processes_here() is None and not by_hand <= os.environ.keys():
+        raise InputError(
+            f"--num_nodes {training.num_nodes}: nothing says which machine this is, and where the others are; "
+            "start the run on each with torchrun or with srun"
+        )
     world, here = process_place().world, hardware.device_count
     if _processes_here() is not None and world != here * training.num_nodes:
         raise InputError(

@@ -19,8 +19,8 @@ from minigpt5.replay import Replay, Workload, is_frozen_part
 from minigpt5.strategies import SHARDED
 
 GIBIBYTE = 2**30
-CARDS = (16, 24, 40, 80)
-"""Sizes in GiB that the plan is held against."""
+CARDS = {16: 14.5, 24: 22.0, 40: 39.0, 80: 79.0}
+"""GB in a card's name → GiB that programs get of it, by the smallest of that name (T4, A10, A100, A100)."""
 RESERVE = 1.5 * GIBIBYTE
 """Assumed, not counted: CUDA's context, its libraries' workspaces and what the allocator cannot use."""
 _FLOAT, _MOMENTS = 4, 2
@@ -63,8 +63,8 @@ class Plan:
         return sum(self.lines.values())
 
     def fits(self, card: int) -> bool:
-        """Return whether a card of this many GiB holds it, the reserve included."""
-        return self.total + RESERVE <= card * GIBIBYTE
+        """Return whether a card of :data:`CARDS` holds it, the reserve included."""
+        return self.total + RESERVE <= CARDS[card] * GIBIBYTE
 
 
 def default_workload(stage: Stage) -> Workload:
@@ -280,7 +280,9 @@ def report(config: RunConfig, workload: str) -> Iterator[str]:
     title = f"prediction, batch {config.generation.batch_size}, {config.generation.max_new_tokens} new tokens"
     yield from _plan_lines(title, prediction)
     yield ""
+    given = ", ".join(f"{card} GB {size:g} GiB" for card, size in CARDS.items())
     yield f"Beside the totals, {_readable(RESERVE)} is assumed for CUDA's context, workspaces and fragmentation."
+    yield f"Cards count as what the smallest of their name give programs: {given}."
     yield "Parameters, gradients and optimizer state are exact; activations are an estimate (docs/performance.md)."
 
 

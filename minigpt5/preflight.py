@@ -59,11 +59,6 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if config.is_training:
         yield from _unusable_data(config, Split.TRAIN, config.data.train)
         yield from _unusable_data(config, Split.VALIDATION, config.data.validation)
-        if config.model.diffusion.offload:
-            yield (
-                "model.diffusion.offload: for generating alone, as every training step needs the UNet; leave it "
-                "off, and see training.gradient_checkpointing"
-            )
         yield from _training_clashes(config)
     elif config.test_weight is None and config.data.test is None:
         yield (
@@ -75,6 +70,11 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def _training_clashes(config: RunConfig) -> Iterator[str]:
+    if config.is_training and config.model.diffusion.offload:
+        yield (
+            "model.diffusion.offload: for generating alone, as every training step needs the UNet; leave it off, "
+            "and see training.gradient_checkpointing"
+        )
     has_prefix = config.stage is Stage.MULTIMODAL and config.model.adapter.kind == "prefix"
     if has_prefix and config.training.gradient_checkpointing:
         yield (

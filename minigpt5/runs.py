@@ -15,7 +15,6 @@ from pydantic import TypeAdapter
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.multiprocessing import spawn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -34,6 +33,7 @@ from minigpt5.hardware import (
     check_processes_here,
     choose_hardware,
     process_place,
+    slurm_environment,
     started_by_slurm,
 )
 from minigpt5.model import MiniGPT5, build_model
@@ -94,6 +94,8 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     trainer = build_trainer(config, hardware, plan, [*callbacks, best, LastCheckpoint(last)])
     if trainer.is_global_zero:
         print(describe_size(model), file=sys.stderr)
+        if plan.effective_batch_size != config.training.effective_batch_size:
+            print(f"notice: {describe_batches(config.training, plan)}", file=sys.stderr)
         for split in (Split.TRAIN, Split.VALIDATION):
             report = (
                 checkpoint_folder(config) / "logs" / plain_name(config.model_save_name) / f"left_out_{split}.jsonl"
@@ -157,6 +159,9 @@ class StepPlan:
     """Batches between validations."""
     total_steps: int
     """Optimizer steps of the whole run."""
+    effective_batch_size: int
+    """Samples of one optimizer step, over all devices: as many as whole batches make of the wanted number, but a
+    batch of each device at least."""
 
 
 def plan_steps(training: TrainingConfig, samples: int, processes: int, *, is_cc3m: bool) -> StepPlan:
@@ -177,7 +182,15 @@ def plan_steps(training: TrainingConfig, samples: int, processes: int, *, is_cc3
     fraction = training.val_check_interval or (0.25 if is_cc3m else 0.5)
     between = max(1, round(batches * fraction / accumulate)) * accumulate
     steps = training.num_epochs * math.ceil(batches / accumulate)
-    return StepPlan(accumulate, min(batches, between), min(steps, training.max_steps or steps))
+    effective = accumulate * training.batch_size * world
+    return StepPlan(accumulate, min(batches, between), min(steps, training.max_steps or steps), effective)
+
+
+def describe_batches(training: TrainingConfig, plan: StepPlan) -> str:
+    """Return one line with how many samples an optimizer step takes, and why."""
+    made_of = f"{plan.accumulate} batches of {training.batch_size} on each device"
+    wanted = f"not the {training.effective_batch_size} of --real_batch_size"
+    return f"{plan.effective_batch_size} samples an optimizer step ({made_of}), {wanted}"
 
 
 def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbacks: list[Callback]) -> Trainer:
@@ -204,8 +217,7 @@ def build_trainer(config: RunConfig, hardware: Hardware, plan: StepPlan, callbac
             log_every_n_steps=LOG_EVERY_STEPS,
             # The data module's samplers share the samples already.
             use_distributed_sampler=False,
-            # A requeued job would go on from a file of Lightning's own, unasked and past all checks of --resume.
-            plugins=[SLURMEnvironment(auto_requeue=False)] if started_by_slurm() else None,
+            plugins=[slurm_environment()] if started_by_slurm() else None,
             logger=loggers or False,
             enable_model_summary=False,
             callbacks=[TQDMProgressBar(LOG_EVERY_STEPS), samples, *monitors, *callbacks],

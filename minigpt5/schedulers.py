@@ -71,6 +71,14 @@ def load_scheduler(folder: Path, flag: str) -> Any:
         raise InputError(f"{flag}: {path}: cannot be loaded as {name}: {error}") from None
 
 
+def make_sampler(name: str, scheduler: Any) -> Any:
+    """Return a fresh sampler of a ``generation.scheduler`` with the noise schedule of a folder's scheduler."""
+    sampler = SCHEDULERS.get(name, type(scheduler))
+    # Latents are no pictures in [-1, 1]; DDIM's default would cut them off there.
+    further = {"clip_sample": False} if sampler is DDIMScheduler else {}
+    return sampler.from_config(scheduler.config, **further)
+
+
 def training_schedule(scheduler: Any) -> DDPMScheduler:
     """Return the forward process (arXiv 2006.11239) with a sampler's betas.
 

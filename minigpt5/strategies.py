@@ -50,7 +50,7 @@ def choose_strategy(config: RunConfig, hardware: Hardware) -> str:
     """
     check_strategy(config)
     name = config.training.strategy
-    if name == SHARDED:
+    if name in (SHARDED, "ddp"):  # one device has nothing to share
         return "ddp" if hardware.device_count * config.training.num_nodes > 1 else "auto"
     if name.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:

@@ -92,6 +92,7 @@ def test_two_machines_under_slurm_give_the_weights_of_one(tmp_path, tiny_data, c
     tasks = []
     for rank in range(2):
         slurm = {"NTASKS": 2, "PROCID": rank, "NODEID": rank, "LOCALID": 0, "NTASKS_PER_NODE": 1, "JOB_ID": 1}
+        slurm["STEP_NUM_TASKS"] = 2
         environment = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
         environment |= {"SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, str(PROJECT_ROOT / "train_eval.py"), "--config", str(config)]

@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import data, floor, generate, harness, load, metric, reference, run, train
 from benchmarks.harness import Row, Settings, alternate, assert_close
+from minigpt4.errors import InputError
 from minigpt5.cli import run_command
 from minigpt5.config import PROJECT_ROOT, Stage, load_config
 from minigpt5.model import build_random
@@ -45,7 +47,12 @@ def test_a_reply_that_ends_early_is_not_timed(monkeypatch):
 def test_our_batched_replies_are_the_reference_paths_one_by_one(monkeypatch):
     for name, value in {"BATCH_SIZE": 3, "NEW_TOKENS": 12, "STEPS": 2}.items():
         monkeypatch.setattr(generate, name, value)
-    assert "tokens of 3 of 3 replies" in generate._Paths(settings("generate")).check_equal()
+    paths = generate._Paths(settings("generate"))
+    assert "tokens of 3 of 3 replies; states along the same tokens" in paths.check_equal()
+    # what the layers are off by is found along the very tokens
+    paths.published.backbone.language_model.model.layers[0].mlp.down_proj.weight.data *= 1.05
+    with pytest.raises(AssertionError, match="tokens differ|states along the same tokens differ"):
+        paths.check_equal()
 
 
 def test_reference_path_decodes_in_bfloat16(monkeypatch):
@@ -54,7 +61,7 @@ def test_reference_path_decodes_in_bfloat16(monkeypatch):
     paths = generate._Paths(settings("generate"), only="ours")
     paths.model.backbone.to(torch.bfloat16)
     published = reference.ReferenceModel(paths.model)
-    tokens, (states,) = published.decode(paths.requests[0], paths.config)
+    tokens, (states,), _ = published.decode(paths.requests[0], paths.config)
     assert tokens[1] == paths.model.voken_ids.first and states.dtype is torch.bfloat16
 
 
@@ -142,6 +149,28 @@ def test_suites_tell_how_many_rounds_they_ran(suite, rounds, words, tmp_path, mo
     assert words in capsys.readouterr().out
     assert json.loads(harness.write_json(report, tmp_path).read_text())["rounds"] == rounds
     assert len({calls.count(path) for path in calls}) == 1 and calls.count(calls[0]) == rounds
+
+
+def test_a_suite_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def fail(settings):
+        raise AssertionError("the paths differ")
+
+    for suite in (train, generate, load, data, metric):
+        monkeypatch.setattr(suite, "measure", harness.Report)
+    monkeypatch.setattr(generate, "measure", fail)
+    flags = ["--preset", "tiny", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--suite all: generate failed"):
+        run.main(flags)
+    assert "the paths differ" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.json"))) == 4
+    with pytest.raises(AssertionError, match="the paths differ"):
+        run.main([*flags, "--suite", "generate"])
+
+
+def test_loading_asks_for_room_before_it_writes(monkeypatch):
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    with pytest.raises(InputError, match="let TMPDIR name a folder with more room"):
+        load.measure(settings("load"))
 
 
 @pytest.mark.slow

@@ -131,6 +131,12 @@ def test_a_bad_value_of_the_file_is_told_of_the_file(tmp_path):
     assert sorted(line.partition(": ")[0] for line in lines) == ["  --set (training.seed)", "  training.lr"]
 
 
+def test_a_gpu_stands_once(tmp_path):
+    path = write(tmp_path / "a.yaml", "")
+    with pytest.raises(InputError, match=r"--gpus \(training\.devices\): names a GPU twice, found \(0, 0\)"):
+        load_config(path, {"training.devices": (0, 0)}, {}, {"training.devices": "--gpus"})
+
+
 def test_a_bad_variable_is_named(tmp_path):
     path = write(tmp_path / "a.yaml", "")
     with pytest.raises(InputError, match=r"WEIGHTFOLDER \(paths\.weights\): "):

@@ -236,6 +236,7 @@ def test_only_so_many_pictures_are_seen_and_drawn_at_once():
             {"generation__compile": True, "model__backbone__language_model__quantization": "8bit"},
             r"generation\.compile: not with quantization: 8bit",
         ),
+        ({"is_training": True, "model__diffusion__offload": True}, r"\.offload: for generating alone"),
     ],
 )
 def test_a_run_that_would_be_refused_is_not_planned(changes, message):
@@ -259,8 +260,19 @@ def test_quantized_layers_are_counted_as_bitsandbytes_stores_them():
 
 
 def test_a_plan_fits_with_its_reserve():
-    plan = Plan({"parameters": 22 * GIBIBYTE})
-    assert plan.fits(24) and not Plan({"parameters": 23 * GIBIBYTE}).fits(24)
+    """Of what a card named by 24 GB gives, not of 24 GiB."""
+    assert Plan({"parameters": 20.4 * GIBIBYTE}).fits(24)
+    assert not Plan({"parameters": 20.6 * GIBIBYTE}).fits(24)
+
+
+def test_one_device_exchanges_nothing_whatever_the_strategy():
+    """As ``choose_strategy`` gives Lightning no ``ddp`` then."""
+    for strategy, devices, exchanges in (("ddp", 1, False), ("ddp", 2, True), ("auto", 2, True)):
+        config = configure(Stage.ALIGNMENT, training__strategy=strategy)
+        model = build_counted(config)
+        weights = count_weights(model, torch.float32)
+        plan = plan_training(config, weights, Replay(model, torch.float32), Workload(40, 10, 0), devices)
+        assert ("gradients being exchanged" in plan.lines) is exchanges
 
 
 @pytest.mark.parametrize("text", ["many", "0,1", "10", "10,-1", "10,1,1"])
@@ -292,4 +304,5 @@ def test_command_line_prints_the_plan_of_the_papers_model_without_its_weights(tm
     assert finished.returncode == 0, finished.stderr
     assert "a sample: 92 positions (60 of text, 1 input pictures)" in finished.stdout
     assert finished.stdout.count("fits on a card of: 16 GB") == 2
+    assert "give programs: 16 GB 14.5 GiB, 24 GB 22 GiB" in finished.stdout
     assert "language model, frozen                         12.55 GiB" in finished.stdout

@@ -7,7 +7,7 @@ from minigpt5.callbacks import plain_name, publish_checkpoint
 from minigpt5.config import PROJECT_ROOT, TrainingConfig, load_config
 from minigpt5.hardware import Place, check_machines, check_processes_here, choose_hardware, process_place
 from minigpt5.preflight import is_local
-from minigpt5.runs import StepPlan, build_loggers, build_trainer, plan_steps, predict
+from minigpt5.runs import StepPlan, build_loggers, build_trainer, describe_batches, plan_steps, predict
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,15 @@ def test_nothing_is_moved_away_for_a_checkpoint_that_is_gone(tmp_path):
 )
 def test_accumulation_reaches_the_effective_batch_size(effective, batch, processes, nodes, expected):
     training = TrainingConfig(effective_batch_size=effective, batch_size=batch, num_nodes=nodes)
-    assert plan_steps(training, 1000, processes, is_cc3m=True).accumulate == expected
+    plan = plan_steps(training, 1000, processes, is_cc3m=True)
+    assert plan.accumulate == expected
+    assert plan.effective_batch_size == expected * batch * processes * nodes
+
+
+def test_another_effective_batch_than_the_wanted_one_is_told():
+    training = TrainingConfig(effective_batch_size=48, batch_size=2)
+    line = describe_batches(training, plan_steps(training, 1000, 7, is_cc3m=True))
+    assert line.startswith("42 samples an optimizer step (3 batches of 2 on each device), not the 48")
 
 
 @pytest.mark.parametrize("fraction", [None, 0.1, 1.0])
@@ -99,8 +107,8 @@ def test_validations_fall_on_optimizer_steps(batches, accumulate, fraction):
 
 def test_step_limit_and_published_validation_intervals():
     training = TrainingConfig(batch_size=1, effective_batch_size=1, max_steps=30)
-    assert plan_steps(training, 100, 1, is_cc3m=True) == StepPlan(1, 25, 30)
-    assert plan_steps(training, 100, 1, is_cc3m=False) == StepPlan(1, 50, 30)
+    assert plan_steps(training, 100, 1, is_cc3m=True) == StepPlan(1, 25, 30, 1)
+    assert plan_steps(training, 100, 1, is_cc3m=False) == StepPlan(1, 50, 30, 1)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,14 @@ def test_logger_of_an_absent_package_is_an_input_error(tmp_path, monkeypatch):
         build_loggers(["csv", "wandb"], tmp_path, "run")
 
 
-SLURM = {"NTASKS": "8", "PROCID": "5", "LOCALID": "1", "NTASKS_PER_NODE": "4", "JOB_NAME": "train"}
+SLURM = {
+    "STEP_NUM_TASKS": "8",
+    "NTASKS": "8",
+    "PROCID": "5",
+    "LOCALID": "1",
+    "NTASKS_PER_NODE": "4",
+    "JOB_NAME": "train",
+}
 
 
 def test_processes_of_torchrun_and_slurm_know_their_place(monkeypatch):
@@ -169,6 +184,57 @@ def test_processes_of_torchrun_and_slurm_know_their_place(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     assert process_place() == Place(0, 0, 1)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_job_script_that_starts_one_of_several_tasks_itself_is_refused(no_launcher, monkeypatch):
+    """It would answer its share of the test samples alone, and wait for ever to train."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    check_processes_here(choose_hardware(TrainingConfig()))
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    with pytest.raises(InputError, match="the job has 8 tasks, .* put srun before the command"):
+        check_processes_here(choose_hardware(TrainingConfig()))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+    check_processes_here(choose_hardware(TrainingConfig()))
+
+
+def test_what_lightning_refuses_of_slurm_is_an_input_error(no_launcher, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(InputError, match="SLURM: You set .*--ntasks"):
+        process_place()
+
+
+def test_gpus_that_no_process_was_started_for_are_told(no_launcher, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    one = {"NTASKS": "1", "STEP_NUM_TASKS": "1", "PROCID": "0", "LOCALID": "0", "NTASKS_PER_NODE": "1"}
+    for name, value in (SLURM | one).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert choose_hardware(TrainingConfig()).gpus == (0,)
+    assert (
+        "of this machine's 8 GPUs, as many are used as processes were started on it: 1" in capsys.readouterr().err
+    )
+    assert choose_hardware(TrainingConfig(devices=(0,))).gpus == (0,)
+    assert not capsys.readouterr().err
+
+
+def test_several_machines_started_by_hand_must_know_each_other(no_launcher, monkeypatch):
+    training = TrainingConfig(num_nodes=2)
+    with pytest.raises(InputError, match="--num_nodes 2: nothing says which machine this is"):
+        check_machines(choose_hardware(training), training)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("NODE_RANK", "1")
+    check_machines(choose_hardware(training), training)
 
 
 def test_what_lightning_leaves_behind_is_no_place_among_processes(monkeypatch):
@@ -235,7 +301,7 @@ def test_a_job_of_slurm_goes_on_only_when_asked_to(tmp_path, monkeypatch):
     config = load_config(
         PROJECT_ROOT / "config" / "tiny.yaml", {"paths.checkpoints": tmp_path, "training.loggers": []}, {}
     )
-    trainer = build_trainer(config, choose_hardware(config.training), StepPlan(1, 1, 1), [])
+    trainer = build_trainer(config, choose_hardware(config.training), StepPlan(1, 1, 1, 1), [])
     assert trainer._accelerator_connector.cluster_environment.auto_requeue is False
     assert trainer._checkpoint_connector._hpc_resume_path is None
 

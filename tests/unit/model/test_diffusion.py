@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,15 @@ def test_schedulers_that_cannot_be_used_are_named_with_their_file(folder, change
     with pytest.raises(InputError, match=message) as error:
         load(folder)
     assert str(path) in str(error.value)
+
+
+def test_ddim_does_not_cut_latents_off():
+    """Its default would, behind a warning about a file that diffusers wants changed."""
+    diffusion, _ = load(FIXTURE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = diffusion.pipeline(GenerationConfig(scheduler="ddim"))
+    assert not pipeline.scheduler.config.clip_sample
 
 
 @pytest.mark.parametrize("scheduler", ["default", "ddim", "dpm++"])

@@ -135,11 +135,18 @@ def test_quantized_language_model_is_close_and_trains():
 
 
 GPU, CPU = Hardware((0, 1), "bf16-mixed"), Hardware((), "32-true")
+ONE = Hardware((0,), "bf16-mixed")
 
 
 @pytest.mark.parametrize(
     ("strategy", "hardware", "chosen"),
-    [("auto", GPU, "auto"), ("ddp", GPU, "ddp"), ("fsdp", GPU, "ddp"), ("fsdp", CPU, "auto")],
+    [
+        ("auto", GPU, "auto"),
+        ("ddp", GPU, "ddp"),
+        ("fsdp", GPU, "ddp"),
+        ("fsdp", CPU, "auto"),
+        ("ddp", ONE, "auto"),
+    ],
 )
 def test_strategy_that_lightning_is_given(strategy, hardware, chosen):
     assert choose_strategy(configure(training__strategy=strategy), hardware) == chosen
