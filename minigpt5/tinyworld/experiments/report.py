@@ -119,8 +119,10 @@ def draw(comparison: Comparison, found: Found, path: Path) -> None:
 
 
 def _values(variants: Sequence[Variant], found: Found, measure: str) -> tuple[list[float], list[float]]:
+    """Return means and half intervals in per cent; of one seed no number, which draws no bar."""
     intervals = [found[variant.label][measure] for variant in variants]
-    return [100 * one.mean for one in intervals], [100 * (one.half or 0.0) for one in intervals]
+    halves = [math.nan if one.half is None else 100 * one.half for one in intervals]
+    return [100 * one.mean for one in intervals], halves
 
 
 def _axis_label(measure: str) -> str:

@@ -18,7 +18,7 @@ from minigpt5.hardware import Hardware
 from minigpt5.tinyworld.__main__ import main
 from minigpt5.tinyworld.experiments import plan as plans
 from minigpt5.tinyworld.experiments.comparisons import CAPTIONS, COMPARISONS, STORIES, Comparison, Sizes, Variant
-from minigpt5.tinyworld.experiments.intervals import mean_interval
+from minigpt5.tinyworld.experiments.intervals import Interval, mean_interval
 from minigpt5.tinyworld.experiments.jobs import Job, JobsInterrupted, run_jobs
 from minigpt5.tinyworld.experiments.plan import Plan
 from minigpt5.tinyworld.experiments.report import collect, counted, draw, table
@@ -297,6 +297,14 @@ def test_table_and_plot_of_several_seeds(plan, tmp_path):
     assert counted(comparison, cells) == "4 (wanted thing: shape and colour)"
     draw(comparison, found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_one_seed_is_not_drawn_as_three_that_agree(tmp_path):
+    comparison = COMPARISONS["min_snr"]
+    for half in (None, 0.0):
+        found = {variant.label: {"shape_and_colour": Interval(0.5, half, 1)} for variant in comparison.variants}
+        draw(comparison, found, tmp_path / f"{half}.png")
+    assert (tmp_path / "None.png").read_bytes() != (tmp_path / "0.0.png").read_bytes()
 
 
 @pytest.mark.parametrize(
