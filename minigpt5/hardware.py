@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import LSFEnvironment, SLURMEnvironment
 
 from minigpt4.errors import InputError
 from minigpt5.config import TrainingConfig
@@ -129,11 +129,11 @@ def check_machines(hardware: Hardware, training: TrainingConfig) -> None:
     Raises:
         InputError: another number, or the run was started by hand and does not say where the others are.
     """
-    by_hand = {"MASTER_ADDR", "NODE_RANK"}
-    if training.num_nodes > 1 and _processes_here() is None and not by_hand <= os.environ.keys():
+    is_told = "MASTER_ADDR" in os.environ or LSFEnvironment.detect()
+    if training.num_nodes > 1 and _processes_here() is None and not is_told:
         raise InputError(
-            f"--num_nodes {training.num_nodes}: nothing says which machine this is, and where the others are; "
-            "start the run on each with torchrun or with srun"
+            f"--num_nodes {training.num_nodes}: nothing says where the other machines are; start the run on each "
+            "with torchrun or with srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
     world, here = process_place().world, hardware.device_count
     if _processes_here() is not None and world != here * training.num_nodes:
