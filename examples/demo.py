@@ -26,7 +26,7 @@ OF_OTHER_RUNS = ("OUTPUT_SUFFIX", "PREPROCESS_FEATURE_FOLDER")
 AT_ONCE = 2
 """Jobs beside each other, once stage 1 is trained."""
 REPLIES_AT_ONCE = 16
-"""The same replies as at the preset's 4, four fifths of the time on one thread."""
+"""The same replies as at the preset's 4, in two thirds of the time on one thread."""
 MOST_THREADS = 4
 """Of a job, however many cores there are: models so small hardly have work for more, and two were measured."""
 INTERRUPTED = 130
