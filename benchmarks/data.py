@@ -132,7 +132,7 @@ def _published_index(folder: Path) -> tuple[list[str], ...]:
 
 
 def _published_index_again(folder: Path) -> tuple[list[str], ...]:
-    """Return the lists that the first start kept."""
+    """Return the lists that the first start kept, in this run's own folder."""
     lists: tuple[list[str], ...] = pickle.loads((folder / KEPT).read_bytes())
     return lists
 

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
+from transformers import DynamicCache, LlamaForCausalLM  # noqa: E402
 
 from minigpt5.config import PROJECT_ROOT, Stage, load_config  # noqa: E402
 from minigpt5.kv_cache import as_argument  # noqa: E402
@@ -75,23 +75,7 @@ def count_step(model: MiniGPT5, batch: int, tokens: int, response: int, pictures
     head_bytes = 2 * model.backbone.head_VH.numel()
 
     def language(positions: int, before: int = 0, *, backward: bool = False) -> float:
-        """Count positions that attend to those before them and to each other."""
-        embeds = torch.empty(batch, positions, width, dtype=torch.bfloat16, requires_grad=backward)
-        cache = DynamicCache(config=llama.config)
-        heads, head_width = llama.config.num_key_value_heads, width // llama.config.num_attention_heads
-        for layer in range(llama.config.num_hidden_layers):
-            keys = torch.empty(batch, heads, before, head_width, dtype=torch.bfloat16)
-            cache.update(keys, keys, layer)
-        # A mask that is ready spares transformers a look at values, which the meta device does not have.
-        mask = torch.empty(batch, 1, positions, before + positions, dtype=torch.bfloat16)
-        return _count(
-            lambda: (
-                llama.model(
-                    inputs_embeds=embeds, attention_mask=mask, **as_argument(cache), use_cache=True
-                ).last_hidden_state
-            ),
-            backward=backward,
-        )
+        return _count_language(llama, batch, positions, before, backward=backward)
 
     side = model.config.diffusion.image_size
     latent = side // diffusion.vae_factor
@@ -127,6 +111,27 @@ def count_step(model: MiniGPT5, batch: int, tokens: int, response: int, pictures
             0, Part("ViT and Q-Former", vision, _bytes(model.backbone.vision) + _bytes(model.backbone.qformer))
         )
     return parts
+
+
+def _count_language(llama: LlamaForCausalLM, batch: int, positions: int, before: int, *, backward: bool) -> float:
+    """Count the layers over positions that attend to those before them and to each other."""
+    config = llama.config
+    embeds = torch.empty(batch, positions, config.hidden_size, dtype=torch.bfloat16, requires_grad=backward)
+    cache = DynamicCache(config=config)
+    head_width = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        keys = torch.empty(batch, config.num_key_value_heads, before, head_width, dtype=torch.bfloat16)
+        cache.update(keys, keys, layer)
+    # A mask that is ready spares transformers a look at values, which the meta device does not have.
+    mask = torch.empty(batch, 1, positions, before + positions, dtype=torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        arguments = as_argument(cache)
+        return llama.model(
+            inputs_embeds=embeds, attention_mask=mask, **arguments, use_cache=True
+        ).last_hidden_state
+
+    return _count(run, backward=backward)
 
 
 def _count(run: Callable[[], Any], *, backward: bool = False) -> float:
