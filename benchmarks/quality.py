@@ -13,7 +13,7 @@ from minigpt5.config import Stage
 from minigpt5.model import MiniGPT5
 from minigpt5.tinyworld.captions import caption
 from minigpt5.tinyworld.pretraining.evaluate import default_sampling
-from minigpt5.tinyworld.recogniser import compare
+from minigpt5.tinyworld.recogniser import compare, recognise
 from minigpt5.tinyworld.scenes import Scene, random_scene, seeded
 
 PICTURES = 96
@@ -56,5 +56,5 @@ def _accuracy(
         chunk = wanted[start : start + BATCH_SIZE]
         pictures = model.render_captions([text for _, _, text in chunk], [name for name, _, _ in chunk], config)
         for (_, scene, _), picture in zip(chunk, pictures, strict=True):
-            shares.append(fmean(compare(scene, picture).as_dict().values()))
+            shares.append(fmean(compare(scene, recognise(picture)).as_dict().values()))
     return fmean(shares)

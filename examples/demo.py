@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,27 +66,24 @@ class Job:
             "CC3M_FOLDER": str(out / "datasets" / "CC3M"),
         }
 
-    def train(self, out: Path, config: str) -> None:
-        """Train on the job's data."""
+    def train(self, out: Path, config: str, alone: bool = False) -> None:
+        """Train on the job's data; ``alone``, with all cores and what it prints shown."""
         files = ["--train_data_path", self.train_file, "--val_data_path", self.validation_file]
         names = ["--model_save_name", self.name + "_{epoch}-{step}", *self._stage1()]
         flags = ["train_eval.py", "--is_training", "True", *files, *names, "--gpus", "0", *self.train_flags]
-        if self.is_stage2:
-            run(flags, self.variables(out, config) | core_share(AT_ONCE), self._log(out))
-        else:
-            run(flags, self.variables(out, config) | core_share(1))
+        self._run(flags, out, config, alone)
 
-    def test(self, out: Path, config: str) -> None:
-        """Reply to the job's held-out records and score the replies."""
+    def test(self, out: Path, config: str, alone: bool = False) -> None:
+        """Reply to the job's held-out records and score the replies; ``alone`` as in :meth:`train`."""
         weights = ["--test_weight", f"{self.name}.ckpt", *self._stage1()]
         at_once = ["--batch_size", str(REPLIES_AT_ONCE)]
         flags = ["--test_data_path", self.test_file, *weights, "--gpus", "0", *at_once, *self.test_flags]
-        variables = self.variables(out, config) | core_share(AT_ONCE)
-        run(["train_eval.py", *flags], variables, self._log(out))
-        run(["metric.py", "--test_weight", f"{self.name}.ckpt"], variables, self._log(out))
+        self._run(["train_eval.py", *flags], out, config, alone)
+        self._run(["metric.py", "--test_weight", f"{self.name}.ckpt"], out, config, alone)
 
-    def _log(self, out: Path) -> Path:
-        return out / "logs" / f"{self.name}.txt"
+    def _run(self, arguments: list[str], out: Path, config: str, alone: bool) -> None:
+        variables = self.variables(out, config) | core_share(1 if alone else AT_ONCE)
+        run(arguments, variables, None if alone else out / "logs" / f"{self.name}.txt")
 
     def _stage1(self) -> list[str]:
         return ["--stage1_weight", f"{JOBS[0].name}.ckpt"] if self.is_stage2 else []
@@ -152,18 +150,17 @@ def run(arguments: list[str], variables: dict[str, str], log: Path | None = None
 def run_jobs(out: Path, config: str) -> None:
     """Train stage 1, then everything else, :data:`AT_ONCE` jobs at once, which share the processor's cores.
 
-    Once a job has failed no other command begins.
+    The replies to stories take longest and come last, alone. Once a job has failed no other command begins.
 
     Raises:
         subprocess.CalledProcessError: a job failed.
     """
-    first, *others = JOBS
-    first.train(out, config)
+    alignment, stories, dialogues = JOBS
+    alignment.train(out, config, alone=True)
 
     stopped = Event()
 
-    def finish(job: Job) -> None:
-        steps = (job.train, job.test) if job.is_stage2 else (job.test,)
+    def finish(*steps: Callable[[Path, str], None]) -> None:
         try:
             for step in steps:
                 if not stopped.is_set():
@@ -173,7 +170,8 @@ def run_jobs(out: Path, config: str) -> None:
             raise
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = [pool.submit(finish, job) for job in (*others, first)]
+        together = ((stories.train,), (dialogues.train, dialogues.test), (alignment.test,))
+        waiting = [pool.submit(finish, *steps) for steps in together]
         try:
             for done in as_completed(waiting):
                 done.result()
@@ -181,6 +179,7 @@ def run_jobs(out: Path, config: str) -> None:
             stopped.set()
             print(f"\n{shown_failure(error)}; what runs beside it ends first", file=sys.stderr, flush=True)
             raise
+    stories.test(out, config, alone=True)
 
 
 def shown_failure(error: BaseException) -> str:

@@ -168,22 +168,23 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from minigpt5.tinyworld.quality import score_folder
+    from minigpt5.tinyworld.quality import Share, score_folder
 
     if options.page:
         _folder(options.page.parent, "--page")
         if options.page.is_dir():
             raise InputError(f"--page {options.page}: is a folder; name a file")
-    missed = []
+    scored: dict[Path, list[Share]] = {}
     for folder in options.folders:
         print(f"{folder}:")
-        for share in score_folder(folder):
+        scored[folder] = score_folder(folder)
+        for share in scored[folder]:
             print(f"  {share}", flush=True)
-            missed += [] if share.met else [f"{folder}: {share.name}"]
+    missed = [f"{folder}: {share.name}" for folder, shares in scored.items() for share in shares if not share.met]
     if options.page:
         from minigpt5.tinyworld.overview import write_overview
 
-        write_overview(options.page, options.folders)
+        write_overview(options.page, scored)
     if missed:
         print(f"floors not met or not measured: {'; '.join(missed)}", file=sys.stderr)
     return FLOORS_NOT_MET if missed and options.check else 0

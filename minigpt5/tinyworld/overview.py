@@ -1,7 +1,7 @@
 """One page over several data sets' tiny-world predictions: shares with their floors, and replies to look at."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from os.path import relpath
@@ -13,7 +13,7 @@ from minigpt5.data.types import INPUT_PICTURE
 from minigpt5.metrics.relevance import show_vokens
 from minigpt5.metrics.report import REPORT_FILE
 from minigpt5.predictions import Prediction, read_predictions
-from minigpt5.tinyworld.quality import MEANINGS, Share, score_folder
+from minigpt5.tinyworld.quality import MEANINGS, Share
 
 SHOWN = 12
 """Replies of a data set on the page, spread over its tasks."""
@@ -62,17 +62,15 @@ class Section:
     shares: Sequence[Share]
 
 
-def write_overview(path: Path, folders: Sequence[Path]) -> list[Share]:
-    """Write the page and return every share on it; pictures and reports are linked relative to the page.
+def write_overview(path: Path, scored: Mapping[Path, Sequence[Share]]) -> None:
+    """Write the page; pictures and reports are linked relative to it.
 
     Args:
         path: HTML file to write.
-        folders: prediction stores over tiny-world data, each of one data set.
-
-    Raises:
-        InputError: a folder holds no predictions, or of more than one data set.
+        scored: prediction store over tiny-world data → its shares
+            (:func:`~minigpt5.tinyworld.quality.score_folder`).
     """
-    sections = [Section(folder, read_predictions(folder), score_folder(folder)) for folder in folders]
+    sections = [Section(folder, read_predictions(folder), shares) for folder, shares in scored.items()]
     body = "".join(_section(section, path.parent) for section in sections)
     path.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,7 +82,6 @@ def write_overview(path: Path, folders: Sequence[Path]) -> list[Share]:
         f"must be reached.</p>{body}</main></body></html>\n",
         encoding="utf-8",
     )
-    return [share for section in sections for share in section.shares]
 
 
 def spread(predictions: Sequence[Prediction], count: int) -> list[Prediction]:

@@ -16,7 +16,7 @@ from minigpt5.data.types import Task
 from minigpt5.predictions import Prediction, read_predictions
 from minigpt5.tinyworld.events import fits, tells_news
 from minigpt5.tinyworld.recogniser import Agreement, compare, recognise, shows_things
-from minigpt5.tinyworld.scenes import MOST_THINGS
+from minigpt5.tinyworld.scenes import MOST_THINGS, Scene
 
 _STEP = re.compile(r"(.+)_(\d+)-\w+")
 """The id of a story's task: which story, and which step of it."""
@@ -85,15 +85,16 @@ def score_folder(folder: Path) -> list[Share]:
         held = ", ".join(datasets) or "no predictions"
         raise InputError(f"{folder}: holds {held}; predictions of one data set wanted")
     floors = FLOORS.get(datasets[0], {})
-    things = [thing for one in predictions if is_determined(one) for thing in _agreements(folder, one)]
+    pictures = _Pictures(folder)
+    things = [thing for one in predictions if is_determined(one) for thing in _agreements(pictures, one)]
     found: dict[str, Sequence[bool]] = {
         "shape_and_colour": [one is not None and one.shape and one.colour for one in things],
         "all_attributes": [one is not None and one.all for one in things],
     }
     for name in ("size", "position", "background"):
         found[name] = [one is not None and getattr(one, name) for one in things]
-    found |= _whole_pictures(folder, predictions)
-    found |= _sentences(folder, predictions)
+    found |= _whole_pictures(pictures, predictions)
+    found |= _sentences(pictures, predictions)
     found["modality"] = [bool(one.images) == one.wants_image for one in predictions]
     return [
         Share(name, sum(found[name]), len(found[name]), floors.get(name))
@@ -119,32 +120,54 @@ def _story_step(prediction: Prediction) -> tuple[str, int]:
     return (step[1], int(step[2])) if step else (prediction.id, 0)
 
 
-def _agreements(folder: Path, prediction: Prediction) -> list[Agreement | None]:
+class _Pictures:
+    """A folder's pictures, each read once however often it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._scenes: dict[tuple[str, int], Scene] = {}
+
+    def scene(self, name: str, most_things: int = MOST_THINGS) -> Scene:
+        """Return what a picture shows, of at most so many things."""
+        key = name, most_things
+        if key not in self._scenes:
+            self._scenes[key] = recognise(self._open(name), most_things)
+        return self._scenes[key]
+
+    def _open(self, name: str) -> Image.Image:
+        path = self._folder / name
+        try:
+            return Image.open(path).convert("RGB")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read as a picture ({error}); predict again") from None
+
+
+def _agreements(pictures: _Pictures, prediction: Prediction) -> list[Agreement | None]:
     """Compare each thing of the wanted picture with the picture that was made, if any was."""
-    wanted = recognise(_open(folder, prediction.target_images[0]))
+    wanted = pictures.scene(prediction.target_images[0])
     if not prediction.images:
         return [None] * len(wanted.things)
-    made = _open(folder, prediction.images[0])
+    made = pictures.scene(prediction.images[0])
     return [compare(replace(wanted, things=(thing,)), made) for thing in wanted.things]
 
 
-def _whole_pictures(folder: Path, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
+def _whole_pictures(pictures: _Pictures, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
     """Return of each wanted picture whether it was made whole, and of those of two things whether both are there.
 
     A thing too many is wrong in both, another background in the first alone.
     """
     whole, both = [], []
     for prediction in filter(is_determined, predictions):
-        wanted = recognise(_open(folder, prediction.target_images[0]))
-        made = _open(folder, prediction.images[0]) if prediction.images else None
+        wanted = pictures.scene(prediction.target_images[0])
+        made = pictures.scene(prediction.images[0], MOST_THINGS + 1) if prediction.images else None
         has_things = made is not None and shows_things(wanted, made)
-        whole.append(has_things and made is not None and recognise(made).background == wanted.background)
+        whole.append(has_things and made is not None and made.background == wanted.background)
         if len(wanted.things) == MOST_THINGS:
             both.append(has_things)
     return {"whole_picture": whole, "both_things": both}
 
 
-def _sentences(folder: Path, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
+def _sentences(pictures: _Pictures, predictions: Sequence[Prediction]) -> dict[str, list[bool]]:
     """Return of each of a story's sentences whether it agrees with its picture, and whether it tells what is new.
 
     The picture is the shown one or the one made along with it. The one before is the story's, whether the prompt
@@ -154,14 +177,14 @@ def _sentences(folder: Path, predictions: Sequence[Prediction]) -> dict[str, lis
     told = {_story_step(one): one.target_images[0] for one in stories if one.wants_image}
     agrees, news = [], []
     for prediction in stories:
-        pictures = _told_picture(prediction)
-        if pictures is None:
+        told_picture = _told_picture(prediction)
+        if told_picture is None:
             continue
-        name, shown = pictures
+        name, shown = told_picture
         story, step = _story_step(prediction)
         earlier = told.get((story, step - 1), shown[-1] if shown else None)
-        scene = recognise(_open(folder, name))
-        before = recognise(_open(folder, earlier)) if earlier else None
+        scene = pictures.scene(name)
+        before = pictures.scene(earlier) if earlier else None
         agrees.append(fits(prediction.text, scene, before))
         if before is not None:
             news.append(tells_news(prediction.text, scene, before))
@@ -176,11 +199,3 @@ def _told_picture(prediction: Prediction) -> tuple[str, tuple[str, ...]] | None:
     if prediction.task == Task.MULTIMODAL and prediction.images:
         return prediction.images[0], shown
     return None
-
-
-def _open(folder: Path, name: str) -> Image.Image:
-    path = folder / name
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error}); predict again") from None

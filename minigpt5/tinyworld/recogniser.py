@@ -75,9 +75,8 @@ def recognise(picture: Image.Image, most_things: int = MOST_THINGS) -> Scene:
     return Scene(tuple(_identify(pixels_YX3, canvas_YX3, blob_YX) for blob_YX in blobs), background)
 
 
-def compare(wanted: Scene, picture: Image.Image) -> Agreement:
-    """Check the wanted main thing against the thing of the picture that is most like it."""
-    found = recognise(picture)
+def compare(wanted: Scene, found: Scene) -> Agreement:
+    """Check the wanted main thing against the found one that is most like it."""
     names = ("shape", "colour", "size", "position")
     checks = [
         {name: getattr(thing, name) == getattr(wanted.main, name) for name in names} for thing in found.things
@@ -86,9 +85,13 @@ def compare(wanted: Scene, picture: Image.Image) -> Agreement:
     return Agreement(**best, background=found.background == wanted.background)
 
 
-def shows_things(wanted: Scene, picture: Image.Image) -> bool:
-    """Whether a picture shows the wanted things, in every attribute, and no other; on whatever background."""
-    found = recognise(picture, len(wanted.things) + 1)
+def shows_things(wanted: Scene, found: Scene) -> bool:
+    """Whether the found things are the wanted ones, in every attribute, and no other; on whatever background.
+
+    Args:
+        wanted: what a picture should show.
+        found: what was recognised in it, where at least one thing more than wanted was looked for.
+    """
     return Counter(found.things) == Counter(wanted.things)
 
 

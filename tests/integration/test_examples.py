@@ -82,7 +82,7 @@ def test_demo_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch, core
     monkeypatch.setitem(names, "cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     demo["run_jobs"](tmp_path, "config/tiny.yaml")
-    assert calls == [alone, *[beside] * 8]
+    assert calls == [alone, *[beside] * 6, alone, alone]
 
 
 def test_demo_begins_nothing_once_a_job_has_failed(tmp_path, monkeypatch, capsys):

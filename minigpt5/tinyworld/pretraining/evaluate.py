@@ -28,7 +28,7 @@ from minigpt5.tinyworld.captions import read_attributes, read_things
 from minigpt5.tinyworld.datasets import picture_scene
 from minigpt5.tinyworld.foundations import EYES_FILES, load_folder_backbone, load_folder_diffusion
 from minigpt5.tinyworld.pretraining.examples import DESCRIBE
-from minigpt5.tinyworld.recogniser import Agreement, compare, shows_things
+from minigpt5.tinyworld.recogniser import Agreement, compare, recognise, shows_things
 from minigpt5.tinyworld.renderer import PICTURE_SIZE, render
 from minigpt5.tinyworld.scenes import MOST_THINGS, Scene, seeded
 
@@ -189,13 +189,13 @@ def default_sampling() -> GenerationConfig:
 
 def compare_all(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> list[Agreement]:
     """Compare each scene with its picture."""
-    return [compare(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+    return [compare(scene, recognise(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
 
 
 def share_of_both(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> float:
     """Return how many pictures that should show two things are right in both, background aside: a share."""
     return fmean(
-        shows_things(scene, picture)
+        shows_things(scene, recognise(picture, MOST_THINGS + 1))
         for scene, picture in zip(scenes, pictures, strict=True)
         if len(scene.things) == MOST_THINGS
     )

@@ -233,7 +233,7 @@ def test_a_prompts_pictures_stand_in_their_places(tmp_path):
     path = tmp_path / "a" / "predictions.jsonl"
     line = json.loads(path.read_text()) | {"prompt": "system###Human:it <i> moves .<Img><ImageHere></Img> why"}
     path.write_text(json.dumps(line) + "\n")
-    write_overview(tmp_path / "page.html", [tmp_path / "a"])
+    write_overview(tmp_path / "page.html", {tmp_path / "a": score_folder(tmp_path / "a")})
     prompt = re.search('class="prompt">(.*?)</p>', (tmp_path / "page.html").read_text())[1]
     assert re.fullmatch(
         r"system<br><b>Human:</b>it &lt;i&gt; moves \.<img [^>]*a/images/in-[0-9a-f]+\.png[^>]*> why",
