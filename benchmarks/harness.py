@@ -7,12 +7,15 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -144,17 +147,98 @@ def in_child(settings: Settings, path: str) -> dict[str, float]:
 
     A GPU's memory that this process holds and no longer needs is given back first: two models may not fit.
     """
-    gc.collect()
-    if settings.device.type == "cuda":
-        torch.cuda.empty_cache()
-    run = Path(__file__).with_name("run.py")
-    command = [sys.executable, str(run), "--suite", settings.suite, "--preset", settings.preset]
-    command += ["--seed", str(settings.seed), "--device", str(settings.device)]
-    command += ["--threads", str(settings.threads), "--alone", path]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr}")
-    return json.loads(finished.stdout.splitlines()[-1])
+    with Worker(settings, path) as worker:
+        return worker.finish()
+
+
+class Worker:
+    """One path of a suite in a process of its own, which takes a step when it is told to (:func:`serve`)."""
+
+    def __init__(self, settings: Settings, path: str) -> None:
+        gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+        run = Path(__file__).with_name("run.py")
+        self._command = [sys.executable, str(run), "--suite", settings.suite, "--preset", settings.preset]
+        self._command += ["--seed", str(settings.seed), "--device", str(settings.device)]
+        self._command += ["--threads", str(settings.threads), "--alone", path]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed on exit
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def step(self) -> Phases:
+        """Let it take a step and return the step's times.
+
+        Raises:
+            RuntimeError: the process has failed.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # there will be no answer either
+            print(file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise self._failure()
+        return json.loads(answer)
+
+    def finish(self) -> dict[str, Any]:
+        """Let it end and return the figures that it prints then.
+
+        Raises:
+            RuntimeError: the process has failed.
+        """
+        printed, _ = self._process.communicate()
+        if self._process.returncode != 0:
+            raise self._failure()
+        return json.loads(printed.splitlines()[-1])
+
+    def _failure(self) -> RuntimeError:
+        self._process.wait()
+        self._errors.seek(0)
+        return RuntimeError(f"{' '.join(self._command)} failed:\n{self._errors.read()}")
+
+
+def serve(step: Callable[[], Phases]) -> None:
+    """Take a step for every line of the standard input and print its times; the other end of :class:`Worker`."""
+    for _ in sys.stdin:
+        print(json.dumps(step()), flush=True)
+
+
+def alternate_alone(
+    settings: Settings, paths: Mapping[str, str]
+) -> tuple[dict[str, Phases], dict[str, dict[str, Any]]]:
+    """Run the paths in turn as :func:`alternate` does, each in a process of its own.
+
+    So each finds memory as its own steps left it, as in a run of its own: what one path gives back to the system,
+    another would have to ask for again. A GPU may hold no more than one model, so there a path begins when the one
+    before has ended.
+
+    Args:
+        settings: of the suite, whose ``measure_alone`` serves.
+        paths: name → what ``measure_alone`` is told.
+
+    Returns:
+        Medians, and the figures that each process printed at its end.
+    """
+    groups = [[name] for name in paths] if settings.device.type == "cuda" else [list(paths)]
+    medians: dict[str, Phases] = {}
+    printed: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(settings, paths[name])) for name in group}
+            medians |= alternate({name: worker.step for name, worker in workers.items()}, settings.repeats)
+            printed |= {name: worker.finish() for name, worker in workers.items()}
+    return medians, printed
 
 
 def forget_peak(device: torch.device) -> None:

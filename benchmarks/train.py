@@ -11,12 +11,12 @@ from benchmarks.harness import (
     Phases,
     Report,
     Settings,
-    alternate,
+    alternate_alone,
     assert_close,
     forget_peak,
-    in_child,
     mixed_precision,
     peak_bytes,
+    serve,
 )
 from minigpt5.config import Stage, TrainingConfig
 from minigpt5.data.types import Batch
@@ -55,6 +55,8 @@ CASES = {
 }
 """Captions are as long as CC3M's, which have no picture in their prompt."""
 EQUAL_STEPS = 3
+WARM_UP = 2
+"""Steps of a process before those that are asked for: the first ask for memory and make the optimizer's state."""
 TERA = 1e12
 TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 """Of the loss, relative; on a GPU the frozen parts are bfloat16 and sums are ordered differently."""
@@ -68,19 +70,22 @@ def measure(settings: Settings) -> Report:
     """Measure every case, live and, where there is one, with the feature cache on either side."""
     report = Report(settings)
     for name, case in CASES.items():
-        _measure_steps(report, name, case)
-        _measure_memory(report, name, case)
+        _measure_case(report, name, case)
     return report
 
 
-def _measure_steps(report: Report, name: str, case: Case) -> None:
+def _measure_case(report: Report, name: str, case: Case) -> None:
     settings = report.settings
     paths = _Paths(settings, case)
     report.equal.append(f"{name}: " + paths.check_equal())
-    steps = {"reference": paths.reference, "live": paths.live}
-    if case.cached:
-        steps |= {"reference_cached": paths.reference_cached, "cached": paths.cached}
-    medians = alternate(steps, settings.repeats)
+    ours = {"live": paths.live, **({"cached": paths.cached} if case.cached else {})}
+    flop = {path: limits.flop_of(step) for path, step in ours.items()}
+    dtype = paths.model.backbone.projection.weight.dtype
+    rows_reference, rows_ours = paths.row_state()
+    planned = paths.planned_bytes()
+    del paths, ours  # the workers' models take their place
+    which = ("reference", "live", *(("reference_cached", "cached") if case.cached else ()))
+    medians, printed = alternate_alone(settings, {path: f"{name}:{path}" for path in which})
     published, live = medians["reference"], medians["live"]
     for phase in ("forward", "backward", "optimizer", "total"):
         report.add(f"{name} {phase}", "s", published[phase], live[phase])
@@ -91,35 +96,31 @@ def _measure_steps(report: Report, name: str, case: Case) -> None:
         report.add(f"{name} feature cache", "samples/s", rates["reference"], rates["cached"], **more)
         both = f"{name} feature cache in both"
         report.add(both, "samples/s", rates["reference_cached"], rates["cached"], **more)
-    rate = limits.product_rate(settings.device, paths.model.backbone.projection.weight.dtype)
+    rate = limits.product_rate(settings.device, dtype)
     note = f"of {rate / TERA:.3g} TFLOP/s"
-    for path in ("live", "cached") if case.cached else ("live",):
-        share = limits.flop_of(steps[path]) / medians[path]["total"] / rate
+    for path in flop:
+        share = flop[path] / medians[path]["total"] / rate
         label = f"{name} {path}, of the rate of matrix products"
         report.add(label, "share", None, share, note=note, **more)
-    rows_reference, rows_ours = paths.row_state()
     report.add(f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE)
-    report.add(f"{name} peak memory that --plan tells, live", "MiB", None, paths.planned_bytes() / MEBIBYTE)
-
-
-def _measure_memory(report: Report, name: str, case: Case) -> None:
-    settings = report.settings
-    labels = {"live": "live"} | ({"cached": "feature cache"} if case.cached else {})
-    found = {path: in_child(settings, f"{name}:{path}") for path in ("reference", *labels)}
-    for path, label in labels.items():
+    report.add(f"{name} peak memory that --plan tells, live", "MiB", None, planned / MEBIBYTE)
+    labels = {"live": "live", "cached": "feature cache"}
+    for path in flop:
         for key, what in (("peak", "peak memory"), ("beyond_imports", "peak beyond the libraries")):
-            theirs, ours = (found[which][key] / MEBIBYTE for which in ("reference", path))
-            report.add(f"{name} {what}, {label}", "MiB", theirs, ours)
+            theirs, held = (printed[one][key] / MEBIBYTE for one in ("reference", path))
+            report.add(f"{name} {what}, {labels[path]}", "MiB", theirs, held)
 
 
 def measure_alone(settings: Settings, path: str) -> dict[str, float]:
-    """Take a few steps of one path and return the peak memory of the process."""
+    """Take the steps of one path that it is told to, and return the peak memory of the process."""
     name, which = path.split(":")
     imports = peak_bytes(settings.device)
     paths = _Paths(settings, CASES[name], only=which)
     forget_peak(settings.device)  # of building the model, and of encoding what a feature folder holds
-    for _ in range(3):
-        getattr(paths, which)()
+    step = getattr(paths, which)
+    for _ in range(WARM_UP):
+        step()
+    serve(step)
     peak = peak_bytes(settings.device)
     return {"peak": peak, "beyond_imports": peak - imports}
 

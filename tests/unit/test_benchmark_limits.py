@@ -42,11 +42,13 @@ def test_a_step_of_decoding_reads_the_layers_and_the_head():
 @pytest.mark.slow
 def test_training_is_compared_with_the_rate_of_matrix_products(monkeypatch):
     monkeypatch.setattr(limits, "product_rate", lambda device, dtype: 1e12)
-    monkeypatch.setattr(train, "in_child", lambda *_: {"peak": 1.0, "beyond_imports": 1.0})
+    phases = dict.fromkeys(("forward", "backward", "optimizer", "total"), 2.0)
+    memory = {"peak": 1.0, "beyond_imports": 1.0}
+    monkeypatch.setattr(
+        train, "alternate_alone", lambda _, paths: (dict.fromkeys(paths, phases), dict.fromkeys(paths, memory))
+    )
     report = Report(settings("train"))
-    case = train.CASES["stage1"]
-    train._measure_steps(report, "stage1", case)
-    train._measure_memory(report, "stage1", case)
+    train._measure_case(report, "stage1", train.CASES["stage1"])
     rows = {row.name: row for row in report.rows}
     # weights once, gradients and moments of what trains, and activations
     weights = 4 * sum(

@@ -88,6 +88,24 @@ def test_paths_take_turns_and_the_first_round_does_not_count():
     assert medians == {"a": {"total": 2}, "b": {"total": 4}}
 
 
+@pytest.mark.slow
+def test_paths_take_turns_each_in_a_process_of_its_own():
+    paths = {path: f"captions:{path}" for path in ("reference", "live")}
+    medians, printed = harness.alternate_alone(settings("train"), paths)
+    for path in paths:
+        phases = medians[path]
+        assert phases["total"] == pytest.approx(sum(phases[name] for name in ("forward", "backward", "optimizer")))
+        assert printed[path]["peak"] > printed[path]["beyond_imports"] > 0
+
+
+def test_a_worker_that_fails_says_why():
+    with harness.Worker(settings("metric"), "anything") as worker:
+        with pytest.raises(RuntimeError, match="--alone anything failed:\nTraceback"):
+            worker.step()
+        with pytest.raises(RuntimeError, match="has no attribute 'measure_alone'"):
+            worker.finish()
+
+
 def test_a_forgotten_peak_does_not_count():
     device = torch.device("cpu")
     block = torch.ones(2**26)
