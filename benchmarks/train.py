@@ -137,11 +137,11 @@ class _Paths:
         self.model.eval()
         self.training = TrainingConfig(warmup_steps=0)
         self.batch = case.batch(self.world, settings.seed)
-        if only in (None, "cached"):
+        if only is None or only.endswith("cached"):
             self.features = worlds.with_features(self.world, self.batch)
         self.draws = self.model.draw(self.batch, seed=settings.seed, epoch=0, training=True)
         self.optimizer = build_optimizer(self.model, self.training)
-        if only in (None, "reference"):
+        if only is None or only.startswith("reference"):
             self.published = reference.ReferenceModel(self.model, take=only is not None)
             factor = self.training.mapper_learning_rate_factor if case.stage is Stage.ALIGNMENT else 1.0
             self.published_optimizer = self.published.optimizer(self.training, factor)

@@ -90,7 +90,7 @@ def test_paths_take_turns_and_the_first_round_does_not_count():
 
 @pytest.mark.slow
 def test_paths_take_turns_each_in_a_process_of_its_own():
-    paths = {path: f"captions:{path}" for path in ("reference", "live")}
+    paths = {path: f"captions:{path}" for path in ("reference", "live", "reference_cached", "cached")}
     medians, printed = harness.alternate_alone(settings("train"), paths)
     for path in paths:
         phases = medians[path]
