@@ -186,10 +186,10 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):  # there will be no answer either
             print(file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise self._failure()
-        return json.loads(answer)
+        for answer in iter(self._process.stdout.readline, ""):
+            if answer.startswith("{"):  # libraries may print, too
+                return json.loads(answer)
+        raise self._failure()
 
     def finish(self) -> dict[str, Any]:
         """Let it end and return the figures that it prints then.

@@ -142,7 +142,8 @@ def load_model(config: RunConfig, hardware: Hardware, local_rank: int | None = N
         print(report, file=sys.stderr)
     for flag, path in _checkpoints(config).items():
         stage = Stage.ALIGNMENT if flag == "--stage1_weight" else config.stage
-        if path.parent == config.paths.bundled_checkpoints:
+        given = config.test_weight if flag == "--test_weight" else config.stage1_weight
+        if path.parent == config.paths.bundled_checkpoints and given != path:
             notice = f"notice: {flag}: not in {config.paths.weights}; the preset's bundled one is used"
             print(notice, file=sys.stderr)
         print(load_checkpoint(model, path, stage, flag), file=sys.stderr)

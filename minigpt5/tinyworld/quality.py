@@ -121,7 +121,7 @@ def _story_step(prediction: Prediction) -> tuple[str, int]:
 
 
 class _Pictures:
-    """A folder's pictures, each read once however often it is asked for."""
+    """What a folder's pictures show, kept once it is recognised."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -27,8 +27,18 @@ def run(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_playground_writes_a_picture_a_reply(tmp_path):
     done = run("playground.py", *BUNDLED, *QUICK, "--force_image", "--replies", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "notice: --test_weight: not in" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_0.png", "test_1.png"]
     assert Image.open(tmp_path / "test_0.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_playground_says_nothing_of_bundled_checkpoints_that_were_asked_for(tmp_path):
+    shipped = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights" / "checkpoints"
+    weights = [str(shipped / name) if name.endswith(".ckpt") else name for name in BUNDLED]
+    done = run("playground.py", *weights, *QUICK, "--force_image", "--replies", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "notice: --test_weight" not in done.stderr and "notice: --stage1_weight" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -809,6 +809,12 @@ def test_pretrain_tells_which_parts_have_no_floor(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out == "no floor of their own: clip, text\n"
 
 
+def test_pretrain_names_a_floor_that_is_not_met(folder, capsys, monkeypatch):
+    monkeypatch.setattr("minigpt5.tinyworld.pretraining.run.pretrain", lambda *_: None)
+    assert main(["pretrain", "--out", str(folder), "--parts", "scorer"]) == 1
+    assert capsys.readouterr().err == "floors not met: retrieval: top-1 of 100\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
