@@ -21,6 +21,7 @@ from minigpt5.model import MiniGPT5, build_model
 from minigpt5.tinyworld.pretraining.loop import Place
 from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder
 from tests.parity.model import StageFixture, model_config
+from tests.pretended_gpu import pretended_gpu
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "model"
 WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
@@ -35,12 +36,22 @@ on_a_gpu = pytest.mark.gpu
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
 def device(request) -> Iterator[torch.device]:
+    if request.param == "pretended":
+        with pretended_gpu() as pretended:
+            yield pretended
+        return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device(request.param)
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
+
+
+also_on_a_pretended_gpu = pytest.mark.parametrize(
+    "device", ["cpu", "pretended", pytest.param("cuda", marks=on_a_gpu)], indirect=True
+)
+"""It refuses what was left on the CPU, on a machine without a GPU too."""
 
 
 @pytest.fixture(params=[1, 2], ids=["stage1", "stage2"])
@@ -70,6 +81,19 @@ def farthest(first: list[Reply], second: list[Reply]) -> int:
     return max(int(np.abs(np.subtract(*(np.asarray(image, dtype=int) for image in pair))).max()) for pair in pairs)
 
 
+def test_pretended_gpu_refuses_what_a_real_one_does():
+    with pretended_gpu() as place:
+        here, there = torch.arange(3.0), torch.arange(3.0).to(place)
+        assert (there * torch.tensor(2.0))[torch.tensor([2, 0])].tolist() == [4.0, 0.0]
+        assert torch.equal(there.cpu().add_(1), here + 1) and there.sum().item() == 3.0
+        for mixed in (lambda: here + there, lambda: torch.cat([there, here]), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+
+
+@also_on_a_pretended_gpu
 def test_losses_and_gradients_are_the_cpus(fixture, device):
     found = {}
     for place in (torch.device("cpu"), device):
@@ -111,6 +135,7 @@ def test_training_in_bfloat16_follows_float32(fixture, device):
     assert half == pytest.approx(whole, rel=0.03)
 
 
+@also_on_a_pretended_gpu
 def test_replies_are_the_cpus(device):
     config = configure()
     expected = build(config, torch.device("cpu")).generate(PROMPTS, config.generation)
@@ -119,6 +144,7 @@ def test_replies_are_the_cpus(device):
     assert farthest(ours, expected) <= 2
 
 
+@also_on_a_pretended_gpu
 def test_offloaded_diffusion_model_draws_the_same_pictures(device):
     config = configure(model__diffusion__offload=True)
     whole, offloaded = build(configure(), device), build(config, device)
@@ -148,6 +174,7 @@ def test_published_checkpoint_goes_into_a_model_on_the_device(device):
     assert torch.equal(ours.rows.head.cpu(), expected.rows.head)
 
 
+@also_on_a_pretended_gpu
 def test_killed_pretraining_goes_on(device, tmp_path):
     """Its checkpoint is read to the CPU, whatever the device."""
     recipe = replace(PARTS["vae"].recipe, steps=2, batch_size=4, warmup_steps=1)
