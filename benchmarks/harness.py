@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from minigpt4.errors import InputError
-
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "pytorch-lightning", "open_clip_torch", "pandas")
 
@@ -39,18 +37,6 @@ class Settings:
     seed: int
     device: torch.device
     threads: int
-
-
-def open_device(name: str) -> torch.device:
-    """Return a device that can hold a tensor.
-
-    Raises:
-        InputError: there is none of that name here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)

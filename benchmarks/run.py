@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="counted rounds, of which medians are reported; data runs half as many, load one",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=None, help="default: the GPU if there is one")
+    parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one a core)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the JSON")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -59,9 +59,10 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from benchmarks import harness
+    from minigpt5.devices import open_device
 
     torch.set_num_threads(threads)
-    device = harness.open_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device, "--device")
     if arguments.preset == "7b" and device.type == "cpu" and arguments.suite not in ("load", "data", "metric"):
         raise InputError("--preset 7b: needs a GPU; on a CPU take --preset mid")
     failed = []

@@ -332,7 +332,6 @@ def load_diffusion(
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise InputError(f"{FLAG}: {folder}: lacks {', '.join(missing)}; give a Stable Diffusion diffusers folder")
-    diffusers_logging.set_verbosity_error()  # its own key warnings; the reports replace them
     transformers_logging.disable_progress_bar()
     loaded, reports = {}, []
     for part, component in CLASSES.items():
@@ -346,12 +345,27 @@ def load_diffusion(
     return StableDiffusion(**loaded), reports
 
 
+def load_vae(weights: str) -> AutoencoderKL:
+    """Load only the VAE of a diffusers Stable Diffusion folder or hub id, in float32.
+
+    Raises:
+        InputError: it is missing, cannot be loaded, or has keys too many or too few.
+    """
+    folder = resolve_source(weights, FLAG, ["vae/*"]) / "vae"
+    if not folder.is_dir():
+        raise InputError(f"{FLAG}: {folder}: no such folder; give a Stable Diffusion diffusers folder")
+    vae, _ = _load_component(AutoencoderKL, folder, torch.float32)
+    return vae
+
+
 def _load_component(component: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, KeyReport]:
     """Load one model of the folder; a key too many or too few is an error, not a random tensor."""
     kind = f"Stable Diffusion {component.__name__}"
     argument = "dtype" if component is CLIPTextModel else "torch_dtype"
     logger = transformers_logging.get_verbosity()
+    # Their own key warnings; the reports replace them.
     transformers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
     try:
         model, info = component.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **{argument: dtype}

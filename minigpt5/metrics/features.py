@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minigpt4.errors import InputError
 from minigpt5.config import MetricsConfig
+from minigpt5.devices import open_device
 from minigpt5.metrics.clip import QUICK_GELU, Clip, load_clip
 from minigpt5.metrics.image import PICTURES_A_BATCH, PictureEncoder, fid_encoder, inception_encoder, read_picture
 from minigpt5.metrics.text import SentenceEncoder, load_sentence_encoder
@@ -39,13 +39,7 @@ class Networks:
     @cached_property
     def device(self) -> torch.device:
         """Where the networks run; InputError if this machine has no such device."""
-        name = self._config.device
-        if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"metrics.device: {name!r} cannot be used here ({error}); give auto or cpu") from None
+        return open_device(self._config.device, "metrics.device")
 
     @cached_property
     def clip(self) -> Clip:

@@ -144,7 +144,7 @@ def test_counted_floor_of_a_small_model():
     [
         (["--repeats", "0"], "--repeats 0: give at least 1"),
         (["--threads", "0"], "--threads 0: give at least 1"),
-        (["--device", "foo"], "--device foo: "),
+        (["--device", "foo"], "--device: 'foo' cannot be used here"),
         (["--out", __file__], "cannot be made a folder"),
     ],
 )

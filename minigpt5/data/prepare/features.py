@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from minigpt4.errors import InputError
 from minigpt5.config import RunConfig
@@ -15,6 +14,8 @@ from minigpt5.data.index import ReadOptions
 from minigpt5.data.pictures import PictureChecker
 from minigpt5.data.readers import report_problems
 from minigpt5.data.types import Problem, Split
+from minigpt5.devices import open_device
+from minigpt5.diffusion import load_vae
 from minigpt5.images import PictureTransform, open_picture, output_transform
 
 logger = logging.getLogger(__name__)
@@ -32,27 +33,30 @@ def write_features(config: RunConfig, table: Path, out: Path, *, batch_size: int
         table: CC3M file, relative to the data folder.
         out: feature folder.
         batch_size: pictures encoded at once.
-        device: torch device.
+        device: torch device, or ``auto``.
 
     Returns:
         Number of pictures encoded now.
 
     Raises:
-        InputError: no Stable Diffusion weights, the folder holds features of another transform, or two pictures
-            would have the same file.
+        InputError: no batch, no such device, no Stable Diffusion weights, the folder holds features of another
+            transform, or two pictures would have the same file.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch_size {batch_size}: give at least 1")
+    place = open_device(device, "--device")
     diffusion = config.model.diffusion
     if diffusion.weights is None:
         raise InputError("model.diffusion.weights: name a Stable Diffusion folder to encode pictures with")
     transform = output_transform(diffusion.image_size)
+    vae = load_vae(diffusion.weights).to(place).eval()
     _claim(out, transform, diffusion.weights)
-    vae = AutoencoderKL.from_pretrained(diffusion.weights, subfolder="vae").to(device).eval()
     todo = _pictures(config, table, out)
     for start in range(0, len(todo), batch_size):
         group = todo[start : start + batch_size]
         pixels_O3HW = torch.stack([transform(open_picture(picture)) for picture, _ in group])
         with torch.inference_mode():
-            moments_OCHW = vae.encode(pixels_O3HW.to(device)).latent_dist.parameters
+            moments_OCHW = vae.encode(pixels_O3HW.to(place)).latent_dist.parameters
         for (_, path), moments in zip(group, moments_OCHW.bfloat16().cpu(), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             # A kill while writing must not leave half a file. Cloned, as torch.save would write the whole batch's

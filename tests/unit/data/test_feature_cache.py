@@ -184,3 +184,18 @@ def test_random_weights_cannot_make_features(tmp_path):
     values = {"data": {"folder": str(tmp_path)}, "model": {"diffusion": {"architecture": {}}}}
     with pytest.raises(InputError, match=r"model\.diffusion\.weights"):
         write_features(validate_config(values, "test"), Path("x.tsv"), tmp_path, batch_size=1, device="cpu")
+
+
+def test_what_features_cannot_be_made_with_is_named_and_leaves_nothing(config, tmp_path):
+    table, out = config.data.train, config.data.feature_folder
+    with pytest.raises(InputError, match=r"--device: 'cuda' cannot be used here"):
+        write_features(config, table, out, batch_size=2, device="cuda")
+    with pytest.raises(InputError, match="--batch_size 0: give at least 1"):
+        write_features(config, table, out, batch_size=0, device="cpu")
+    shutil.move(tmp_path / "sd" / "vae", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"model\.diffusion\.weights: .*vae: no such folder"):
+        write_features(config, table, out, batch_size=2, device="cpu")
+    (tmp_path / "sd" / "vae").mkdir()
+    with pytest.raises(InputError, match=r"model\.diffusion\.weights: .*vae: cannot be loaded as"):
+        write_features(config, table, out, batch_size=2, device="cpu")
+    assert not out.exists()
