@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Report, Settings, in_child, peak_bytes
+from benchmarks.harness import MEBIBYTE, Report, Settings, in_child, peak_bytes
 from minigpt5 import prompts
 from minigpt5.config import DataConfig, DatasetName
 from minigpt5.data.loading import EpochSampler
@@ -27,7 +27,6 @@ from minigpt5.vokens import voken_text
 
 ROWS = {"tiny": 20_000, "mid": 200_000, "7b": 3_000_000}
 CPU = torch.device("cpu")
-MEBIBYTE = 2**20
 FILE = "train.tsv"
 KEPT = "train.pickle"
 INSTRUCTION_EVERY = 100

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import limits, quality, reference, worlds
-from benchmarks.harness import Phases, Report, Settings, alternate, in_child, peak_bytes, timed
+from benchmarks.harness import MEBIBYTE, Phases, Report, Settings, alternate, in_child, peak_bytes, timed
 from minigpt5.compilation import cpp_compiler
 from minigpt5.config import GenerationConfig, Stage
 from minigpt5.generation import sample_seed
@@ -18,7 +18,6 @@ from minigpt5.generation import sample_seed
 BATCH_SIZE = 8
 NEW_TOKENS = 32
 STEPS = 20
-MEBIBYTE = 2**20
 STATE_TOLERANCE = {"cpu": 1e-3, "cuda": 0.1}
 """Largest difference of a state that a token is chosen from, relative to its norm. In bfloat16, on a CPU, 0.02 was
 seen of 32 layers."""

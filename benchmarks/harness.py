@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+MEBIBYTE = 2**20
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "pytorch-lightning", "open_clip_torch", "pandas")
 

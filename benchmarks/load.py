@@ -26,8 +26,8 @@ from minigpt4.config import LanguageModelConfig
 from minigpt4.errors import InputError
 from minigpt4.language_model import load_language_model
 from minigpt4.tokenizer import MODEL_FILE
+from minigpt5.plan import GIBIBYTE
 
-GIBIBYTE = 2**30
 _COMMON = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks import limits, reference, worlds
 from benchmarks.harness import (
+    MEBIBYTE,
     PhaseClock,
     Phases,
     Report,
@@ -28,7 +29,6 @@ from minigpt5.training import build_optimizer
 from minigpt5.vokens import IGNORE_INDEX
 
 BATCH_SIZE = 4
-MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from minigpt5.tinyworld.scenes import random_scene, seeded
 from minigpt5.vokens import IGNORE_INDEX, mask_inner_vokens
 
 TINY_WEIGHTS = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights"
-PRESETS = ("tiny", "mid", "7b")
 SENTENCE_TOKENS = 24
 """Text of a response in the multimodal stage."""
 

@@ -1,6 +1,8 @@
 """Two processes on the CPU, training and predicting: they come to an end, and give what one process gives."""
 
+import csv
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from minigpt5.config import CONFIG_VARIABLE, ENVIRONMENT, PROJECT_ROOT, STAGE_VA
 from minigpt5.predictions import read_predictions
 from tests.integration.conftest import QUICK, TINY
 
+LOSSES = re.compile(r"train_\w+_epoch|val_\w+")
 STAGE1 = PROJECT_ROOT / "minigpt5" / "tinyworld" / "weights" / "checkpoints" / "stage1_cc3m.ckpt"
 
 
@@ -41,29 +44,53 @@ def run(config, processes):
 
 
 def train(folder, data, processes, **sections):
-    """Train in this many processes and return the checkpoint of the last step."""
+    """Train in this many processes and return what came of it."""
     run(write_config(folder, data, is_training=True, **sections), processes)
-    return torch.load(folder / "model-last.ckpt", weights_only=True)
+    return read_run(folder)
 
 
-def assert_same_weights(ours, expected):
-    assert ours["global_step"] == expected["global_step"] == 4
-    assert ours["state_dict"].keys() == expected["state_dict"].keys()
-    for name, value in expected["state_dict"].items():
-        torch.testing.assert_close(ours["state_dict"][name], value, rtol=0, atol=1e-6, msg=name)
+def read_run(folder):
+    """Return the checkpoint of the last step, and the losses of the epoch and of its last validation by name."""
+    losses = {}
+    with (folder / "logs" / "model" / "version_0" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            losses |= {name: float(row[name]) for name in row if LOSSES.fullmatch(name) and row[name]}
+    return torch.load(folder / "model-last.ckpt", weights_only=True), losses
 
 
+def assert_same_run(ours, expected):
+    (last, losses), (other, others) = ours, expected
+    assert last["global_step"] == other["global_step"] == 4
+    assert last["state_dict"].keys() == other["state_dict"].keys()
+    for name, value in other["state_dict"].items():
+        torch.testing.assert_close(last["state_dict"][name], value, rtol=0, atol=1e-6, msg=name)
+    assert {"train_loss_epoch", "train_text_loss_epoch", "val_loss", "val_text_loss"} <= losses.keys()
+    assert losses == pytest.approx(others, rel=1e-6)
+
+
+COMPARED = {
+    # With the usual epsilon, AdamW makes whole steps of gradients that are nothing but rounding.
+    "training__adam_epsilon": 1e-3,
+    "training__loggers": ["csv"],
+}
 CC3M = {
     "data__train": "cc3m_train.tsv",
     "data__validation": "cc3m_val.tsv",
-    # With the usual epsilon, AdamW makes whole steps of gradients that are nothing but rounding.
-    "training__adam_epsilon": 1e-3,
+    # As many as the processes can share evenly: otherwise the first ones come again, and count twice in the loss.
+    "data__tasks": ["caption"],
+    **COMPARED,
+}
+VIST = {
+    "stage": "multimodal",
+    "stage1_weight": str(STAGE1),
+    "data__train": "train_cleaned.json",
+    "data__validation": "val_cleaned.json",
 }
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_data):
-    """The last checkpoint of one process's training."""
+    """One process's training."""
     with pytest.MonkeyPatch.context() as environment:
         for variable in (*ENVIRONMENT, CONFIG_VARIABLE, STAGE_VARIABLE):
             environment.delenv(variable, raising=False)
@@ -74,14 +101,21 @@ def alone(tmp_path_factory, tiny_data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
-def test_two_processes_give_the_weights_of_one(tmp_path, tiny_data, clean_environment, alone, strategy):
+def test_two_processes_give_the_weights_and_losses_of_one(tmp_path, tiny_data, clean_environment, alone, strategy):
     settings = {"training__strategy": strategy, "training__batch_size": 1, **CC3M}
-    two = train(tmp_path / "two", tiny_data / "CC3M", 2, **settings)
-    assert_same_weights(two, alone)
+    assert_same_run(train(tmp_path / "two", tiny_data / "CC3M", 2, **settings), alone)
 
 
 @pytest.mark.slow
-def test_two_machines_under_slurm_give_the_weights_of_one(tmp_path, tiny_data, clean_environment, alone):
+def test_two_processes_give_those_of_one_in_stage_2_too(tmp_path, tiny_data, clean_environment):
+    """Samples one by one: the mean of a batch's text loss depends on which texts share it, as does dropout."""
+    settings = {"training__batch_size": 1, "training__eval_batch_size": 1, **VIST, **COMPARED}
+    two, one = (train(tmp_path / str(number), tiny_data / "VIST", number, **settings) for number in (2, 1))
+    assert_same_run(two, one)
+
+
+@pytest.mark.slow
+def test_two_machines_under_slurm_give_those_of_one(tmp_path, tiny_data, clean_environment, alone):
     """One task on each of two machines, both of them this one; no launcher but the variables that srun sets."""
     settings = {"training__num_nodes": 2, "training__batch_size": 1, **CC3M}
     folder = tmp_path / "two"
@@ -100,7 +134,7 @@ def test_two_machines_under_slurm_give_the_weights_of_one(tmp_path, tiny_data, c
     for task in tasks:
         _, errors = task.communicate(timeout=600)
         assert task.returncode == 0, errors[-3000:]
-    assert_same_weights(torch.load(folder / "model-last.ckpt", weights_only=True), alone)
+    assert_same_run(read_run(folder), alone)
 
 
 @pytest.mark.slow
@@ -111,14 +145,11 @@ def test_processes_stay_in_step_where_only_some_batches_hold_a_picture(
     settings = {
         "training__strategy": strategy,
         "training__sample_every_steps": 2,
-        "stage": "multimodal",
-        "stage1_weight": str(STAGE1),
-        "data__train": "train_cleaned.json",
-        "data__validation": "val_cleaned.json",
         "data__tasks": ["understanding", "multimodal"],
         "data__bucket_by_length": True,
+        **VIST,
     }
-    last = train(tmp_path / "two", tiny_data / "VIST", 2, training__batch_size=1, **settings)
+    last, _ = train(tmp_path / "two", tiny_data / "VIST", 2, training__batch_size=1, **settings)
     assert last["global_step"] == 4
 
 

@@ -35,6 +35,21 @@ def test_loaders_follow_the_configuration(tmp_path, tokenizer, vokens):
     assert torch.equal(validation[0].output_pixels_O3HW, again[0].output_pixels_O3HW)  # nothing is mirrored
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_length_buckets_are_a_setting(tmp_path, tokenizer, vokens, by_length):
+    """Captions of two lengths, in turn; ``data.tasks`` keeps out what would be of a third one."""
+    table = make_cc3m(tmp_path, 16)
+    rows = (tmp_path / table).read_text().splitlines()
+    pictures = [row.split("\t")[1] for row in rows[1:]]
+    texts = [" ".join(["dog"] * (1 + 30 * (number % 2))) for number in range(len(pictures))]
+    lines = [rows[0], *(f"{text}\t{picture}" for text, picture in zip(texts, pictures, strict=True))]
+    (tmp_path / table).write_text("\n".join(lines) + "\n")
+    settings = {"train": str(table), "tasks": ["caption"], "bucket_by_length": by_length}
+    batches = list(make_module(tmp_path, tokenizer, vokens, **settings).train_dataloader())
+    assert len(batches) == 8
+    assert all(bool(batch.attention_mask_BT.all()) for batch in batches) == by_length
+
+
 class Collector(pl.LightningModule):
     def __init__(self):
         super().__init__()

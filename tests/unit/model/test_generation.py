@@ -193,6 +193,49 @@ def test_vokens_enter_in_one_step_where_all_replies_read_them(model):
     assert max(widths[2:], default=1) == 1
 
 
+def unet_batches(model):
+    """Return the list that every call of the UNet adds its batch's size to, and the hook."""
+    sizes = []
+    return sizes, model.diffusion.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+
+
+def test_pictures_of_all_replies_share_each_call_of_the_unet_with_both_guidance_halves(model):
+    config = dataclasses.replace(SETTINGS, images="force", max_new_tokens=1, num_inference_steps=4)
+    sizes, hook = unet_batches(model)
+    model.generate(prompts(), config)
+    hook.remove()
+    assert sizes == [2 * len(prompts())] * 5  # PNDM takes its second step twice
+
+
+def test_more_pictures_than_are_taken_at_once_are_the_same(model, monkeypatch):
+    shown = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    requests = [
+        Prompt("two", "a <Img><ImageHere></Img> b <Img><ImageHere></Img>", tuple(shown[:2])),
+        Prompt("none", "a boat"),
+        Prompt("one", "c <Img><ImageHere></Img>", tuple(shown[2:])),
+    ]
+    config = dataclasses.replace(SETTINGS, images="force", max_new_tokens=1)
+    expected = model.generate(requests, config)
+    monkeypatch.setattr("minigpt5.model.PICTURES_AT_ONCE", 2)
+    sizes, hook = unet_batches(model)
+    found = model.generate(requests, config)
+    hook.remove()
+    assert set(sizes) == {4, 2}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        difference = np.asarray(ours.images[0], dtype=int) - np.asarray(theirs.images[0], dtype=int)
+        assert np.abs(difference).max() <= 1
+
+
+def test_decoding_asks_for_no_states_but_the_last(model):
+    outputs = []
+    hook = model.backbone.language_model.model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    model.decode_prompts(prompts(), SETTINGS)
+    hook.remove()
+    assert len(outputs) > 1
+    assert all(output.hidden_states is None and output.attentions is None for output in outputs)
+
+
 def test_language_model_is_given_its_cache_by_the_name_it_has_now(model, recwarn):
     llama = model.backbone.language_model
     cache = new_cache(llama.config)

@@ -10,6 +10,7 @@ import torch
 from minigpt5.config import TrainingConfig
 from minigpt5.data.types import Batch
 from minigpt5.training import TrainingModule, build_optimizer, recompute_activations
+from minigpt5.vokens import IGNORE_INDEX
 from tests.parity.model import StageFixture
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures" / "model"
@@ -87,6 +88,16 @@ def test_samples_that_begin_their_vokens_anywhere_share_a_batch():
     model.backbone.language_model.model.norm.weight.requires_grad_(True)
     for ours, whole in zip(split, step(), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_are_taken_where_there_is_a_label_and_nowhere_else(fixture, monkeypatch):
+    model, taken = fixture.model, []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden_XH: taken.append(len(hidden_XH)) or logits(hidden_XH))
+    model(fixture.batch, fixture.draws())
+    labels = fixture.batch.labels_BT
+    assert taken == [int((labels != IGNORE_INDEX).sum())]
+    assert taken[0] < labels.numel() / 4
 
 
 def test_a_batch_without_pictures_has_a_gradient_for_everything_that_trains(fixture):
