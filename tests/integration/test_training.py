@@ -2,15 +2,18 @@
 
 import csv
 import json
+from functools import partialmethod
 
 import pytest
 import torch
 from pytorch_lightning import Callback
+from torch._dynamo.utils import counters
 
 from minigpt4.errors import InputError
 from minigpt5.checkpoint import FORMAT_KEY, trainable_state
 from minigpt5.config import Stage
 from minigpt5.hardware import choose_hardware
+from minigpt5.model import MiniGPT5
 from minigpt5.runs import load_model, train
 
 
@@ -97,6 +100,20 @@ def test_resume_of_stage_2_repeats_adapter_dropout_and_accumulation(quick_config
         train(quick_config("VIST", **changed, paths__checkpoints=interrupted, resume=last))
     train(quick_config("VIST", **settings, paths__checkpoints=interrupted, resume=last))
     assert_equal_weights(weights_of(tmp_path / "straight" / "model-last.ckpt"), weights_of(last))
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_weights(quick_config, tmp_path, monkeypatch):
+    """The captured graphs run as they are: generating code for a whole UNet takes minutes on a CPU."""
+    settings = {"training__num_epochs": 1, "training__max_steps": 2, "data__tasks": ["caption"]}
+    plain = train(quick_config(**settings, paths__checkpoints=tmp_path / "plain"))
+    compile_parts = partialmethod(MiniGPT5.compile_parts, backend="eager")
+    monkeypatch.setattr(MiniGPT5, "compile_parts", compile_parts)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = train(quick_config(**settings, training__compile=True, paths__checkpoints=tmp_path / "compiled"))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_equal_weights(weights_of(compiled), weights_of(plain))
 
 
 @pytest.mark.slow

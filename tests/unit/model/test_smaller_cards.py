@@ -146,9 +146,12 @@ ONE = Hardware((0,), "bf16-mixed")
         ("fsdp", GPU, "ddp"),
         ("fsdp", CPU, "auto"),
         ("ddp", ONE, "auto"),
+        ("deepspeed_stage_2", GPU, "deepspeed_stage_2"),
     ],
 )
-def test_strategy_that_lightning_is_given(strategy, hardware, chosen):
+def test_strategy_that_lightning_is_given(strategy, hardware, chosen, monkeypatch):
+    """DeepSpeed's package is taken for installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert choose_strategy(configure(training__strategy=strategy), hardware) == chosen
 
 
