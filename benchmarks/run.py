@@ -60,9 +60,12 @@ def main(argv: Sequence[str]) -> None:
 
     from benchmarks import harness
     from minigpt5.devices import open_device
+    from minigpt5.hardware import set_up_gpus
 
     torch.set_num_threads(threads)
     device = open_device(arguments.device, "--device")
+    if device.type == "cuda":
+        set_up_gpus()
     if arguments.preset == "7b" and device.type == "cpu" and arguments.suite not in ("load", "data", "metric"):
         raise InputError("--preset 7b: needs a GPU; on a CPU take --preset mid")
     failed = []

@@ -106,7 +106,10 @@ def _measure_case(report: Report, name: str, case: Case) -> None:
     report.add(f"{name} peak memory that --plan tells, live", "MiB", None, planned / MEBIBYTE)
     labels = {"live": "live", "cached": "feature cache"}
     for path in flop:
-        for key, what in (("peak", "peak memory"), ("beyond_imports", "peak beyond the libraries")):
+        held_by = {"peak": "peak memory"}
+        if settings.device.type == "cpu":  # a GPU holds nothing of the libraries that torch counts
+            held_by["beyond_imports"] = "peak beyond the libraries"
+        for key, what in held_by.items():
             theirs, held = (printed[one][key] / MEBIBYTE for one in ("reference", path))
             report.add(f"{name} {what}, {labels[path]}", "MiB", theirs, held)
 

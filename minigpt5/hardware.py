@@ -62,6 +62,17 @@ def choose_hardware(training: TrainingConfig) -> Hardware:
     return Hardware(gpus, _gpu_precision() if training.precision == "auto" else training.precision)
 
 
+def set_up_gpus() -> None:
+    """Choose this process's kernels for GPUs: TF32 for products in float32, and no attention of cuDNN's.
+
+    torch takes cuDNN's first on an H100. It makes a plan for every length, which is one a decoded token, and its
+    gradients are known to be no numbers for some masks (pytorch's issue 196678); the flash and memory-efficient kernels
+    stay.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 @dataclass(frozen=True)
 class Place:
     """Which of the processes this is."""

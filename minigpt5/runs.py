@@ -33,6 +33,7 @@ from minigpt5.hardware import (
     check_processes_here,
     choose_hardware,
     process_place,
+    set_up_gpus,
     slurm_environment,
     started_by_slurm,
 )
@@ -133,7 +134,7 @@ def load_model(config: RunConfig, hardware: Hardware, local_rank: int | None = N
         InputError: missing or wrong weights.
     """
     if hardware.gpus:
-        torch.set_float32_matmul_precision("high")
+        set_up_gpus()
     device = hardware.device(process_place().local_rank if local_rank is None else local_rank)
     if config.is_training and config.training.strategy == SHARDED:
         device = torch.device("cpu")  # one card may not hold the language model that several share out

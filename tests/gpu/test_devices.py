@@ -17,6 +17,7 @@ from minigpt4.language_model import load_language_model
 from minigpt5.checkpoint import load_checkpoint
 from minigpt5.config import PROJECT_ROOT, LossConfig, RunConfig, Stage, load_config
 from minigpt5.data.types import Prompt, Reply
+from minigpt5.hardware import set_up_gpus
 from minigpt5.model import MiniGPT5, build_model
 from minigpt5.tinyworld.pretraining.loop import Place
 from minigpt5.tinyworld.pretraining.parts import PARTS, prepare_folder
@@ -41,6 +42,7 @@ def device(request) -> Iterator[torch.device]:
             yield pretended
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_up_gpus()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device(request.param)
@@ -144,6 +146,18 @@ def test_replies_are_the_cpus(device):
     assert farthest(ours, expected) <= 2
 
 
+def test_replies_in_bfloat16_do_not_depend_on_the_batch(device):
+    """Prompts of two lengths, so that the shorter one is padded: its states are those it has alone."""
+    config = configure(generation__max_new_tokens=1)
+    torch.manual_seed(0)
+    model = build_model(config.model, config.loss, Stage.ALIGNMENT, torch.bfloat16).place(device).eval()
+    together = model.decode_prompts(PROMPTS, config.generation)
+    for prompt, ours in zip(PROMPTS, together, strict=True):
+        (alone,) = model.decode_prompts([prompt], config.generation)
+        states, expected = ours.voken_states[0].float(), alone.voken_states[0].float()
+        assert (states - expected).norm() < 0.05 * expected.norm()
+
+
 @also_on_a_pretended_gpu
 def test_offloaded_diffusion_model_draws_the_same_pictures(device):
     config = configure(model__diffusion__offload=True)
@@ -185,6 +199,7 @@ def test_killed_pretraining_goes_on(device, tmp_path):
 
 
 @on_a_gpu
+@pytest.mark.compiler
 def test_compiled_model_agrees_on_a_gpu(fixture):
     model, batch = fixture.model.to("cuda"), fixture.batch.to("cuda")
     expected = model(batch, fixture.draws()).total

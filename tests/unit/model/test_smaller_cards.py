@@ -172,6 +172,7 @@ def test_strategies_that_cannot_run_are_input_errors():
 )
 def test_language_model_goes_straight_to_its_card_unless_cards_share_it_out(strategy, is_training, place):
     """The meta device stands for a GPU."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
 
     class Elsewhere(Hardware):
         def device(self, local_rank: int) -> torch.device:
@@ -180,7 +181,12 @@ def test_language_model_goes_straight_to_its_card_unless_cards_share_it_out(stra
     config = configure(training__strategy=strategy, is_training=is_training)
     if not is_training:
         config = dataclasses.replace(config, test_weight=None)
-    model = load_model(config, Elsewhere((), "32-true"), 0)
+    try:
+        model = load_model(config, Elsewhere((0,), "32-true"), 0)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
     assert {p.device.type for p in model.backbone.language_model.parameters()} == {place}
     assert {p.device.type for p in model.diffusion.parameters()} == {"cpu"}
     assert {p.device.type for p in model.place(torch.device("meta")).parameters()} == {"meta"}
