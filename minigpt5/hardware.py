@@ -65,9 +65,8 @@ def choose_hardware(training: TrainingConfig) -> Hardware:
 def set_up_gpus() -> None:
     """Choose this process's kernels for GPUs: TF32 for products in float32, and no attention of cuDNN's.
 
-    torch takes cuDNN's first on an H100. It makes a plan for every length, which is one a decoded token, and its
-    gradients are known to be no numbers for some masks (pytorch's issue 196678); the flash and memory-efficient kernels
-    stay.
+    torch takes cuDNN's first on an H100. It makes a plan for every length, so one a decoded token, and gives NaN
+    as gradients behind some masks (pytorch's issue 196678). The flash and memory-efficient kernels stay.
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)
