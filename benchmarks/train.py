@@ -105,11 +105,11 @@ def _measure_case(report: Report, name: str, case: Case) -> None:
     report.add(f"{name} rows: gradients, moments, masks", "MiB", rows_reference / MEBIBYTE, rows_ours / MEBIBYTE)
     report.add(f"{name} peak memory that --plan tells, live", "MiB", None, planned / MEBIBYTE)
     labels = {"live": "live", "cached": "feature cache"}
+    peaks = {"peak": "peak memory"}
+    if settings.device.type == "cpu":  # torch counts nothing of the libraries on a GPU
+        peaks["beyond_imports"] = "peak beyond the libraries"
     for path in flop:
-        held_by = {"peak": "peak memory"}
-        if settings.device.type == "cpu":  # a GPU holds nothing of the libraries that torch counts
-            held_by["beyond_imports"] = "peak beyond the libraries"
-        for key, what in held_by.items():
+        for key, what in peaks.items():
             theirs, held = (printed[one][key] / MEBIBYTE for one in ("reference", path))
             report.add(f"{name} {what}, {labels[path]}", "MiB", theirs, held)
 

@@ -42,12 +42,14 @@ def device(request) -> Iterator[torch.device]:
             yield pretended
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
     set_up_gpus()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device(request.param)
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
+    torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
 also_on_a_pretended_gpu = pytest.mark.parametrize(
